@@ -1,0 +1,19 @@
+"""Deep Frank-Wolfe optimizers for PyTorch: float, binary (XNOR-Net) and ternary (TTQ) networks."""
+
+from dfw_opt.activations import SignActivation
+from dfw_opt.dfw import DFW
+from dfw_opt.groups import param_groups
+from dfw_opt.losses import MultiClassHingeLoss
+from dfw_opt.projected import ProjectedDFW
+from dfw_opt.ternary import TernaryDFW
+
+__all__ = [
+    "DFW",
+    "MultiClassHingeLoss",
+    "ProjectedDFW",
+    "SignActivation",
+    "TernaryDFW",
+    "param_groups",
+]
+
+__version__ = "0.1.0"

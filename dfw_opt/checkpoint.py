@@ -1,0 +1,86 @@
+"""Whether a checkpoint is one of this optimizer, for these parameters: decided before loading."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dfw_opt.quantizers import QUANTIZERS
+from dfw_opt.validate import check_hyperparameters
+
+__all__ = ["check_checkpoint", "momentum_key"]
+
+# State of a quantized parameter that is not trained.
+_CONSTANTS = ("unit",)
+
+
+def momentum_key(variable: str) -> str:
+    """Where the state keeps the momentum of ``variable``: a key, or "" for the parameter itself."""
+    return "momentum_buffer" if variable in ("", "latent") else f"{variable}_momentum_buffer"
+
+
+def check_checkpoint(
+    incoming: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+) -> None:
+    """Checks a state dict against the groups that are to take it.
+
+    Raises:
+        ValueError: it is not a state dict, or of another optimizer, or of other parameters.
+    """
+    if not (
+        isinstance(incoming.get("param_groups"), list) and isinstance(incoming.get("state"), dict)
+    ):
+        raise ValueError(
+            "not an optimizer's state dict: it needs 'state' and 'param_groups', as "
+            f"optimizer.state_dict() returns them, but has {sorted(map(str, incoming))}"
+        )
+    saved_groups = incoming["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, "
+            f"but this optimizer has {len(groups)}"
+        )
+    for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        _check_group(number, saved, group, defaults)
+        for index, p in zip(saved["params"], group["params"], strict=True):
+            _check_state(incoming["state"].get(index, {}), p, saved, number)
+
+
+def _check_group(
+    number: int, saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    missing = sorted(set(defaults) - set(saved))
+    if missing:
+        raise ValueError(
+            f"the checkpoint is of another optimizer: its parameter group {number} lacks {missing}"
+        )
+    if len(saved["params"]) != len(group["params"]):
+        raise ValueError(
+            f"loaded state dict contains a parameter group that doesn't match the size of "
+            f"optimizer's group: group {number} has {len(saved['params'])} parameters, "
+            f"but here {len(group['params'])}"
+        )
+    check_hyperparameters(saved, defaults)
+
+
+def _check_state(
+    state: Mapping[str, Any], p: Tensor, saved: Mapping[str, Any], number: int
+) -> None:
+    where = f"the checkpoint's state of a parameter of shape {tuple(p.shape)} in group {number}"
+    quantizer = saved.get("quantizer")
+    variables = [""] if quantizer is None else list(QUANTIZERS[quantizer].variables)
+    required = [] if quantizer is None else [*variables, *_CONSTANTS]
+    if p.requires_grad and not set(required) <= set(state):
+        raise ValueError(f"{where} lacks {sorted(set(required) - set(state))}")
+    unknown = set(state) - set(required) - {momentum_key(variable) for variable in variables}
+    if unknown:
+        raise ValueError(f"{where} is of another optimizer: it holds {sorted(unknown)}")
+    for key, value in state.items():
+        shape = p.shape if key in ("latent", "momentum_buffer") else ()
+        if not isinstance(value, Tensor) or value.shape != shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{where} has {key} of shape {found}, not {tuple(shape)}")
+        if not value.is_floating_point():
+            raise ValueError(f"{where} has {key} of dtype {value.dtype}, not floating point")

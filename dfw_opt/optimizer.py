@@ -1,0 +1,348 @@
+r"""The step that all optimizers of the package share.
+
+Data flows one way: gradients → pull-back → :math:`\gamma` → update → quantize. The optimizer owns
+the latents, in its state; the model holds the quantized weights, at all times.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from dfw_opt.checkpoint import check_checkpoint, momentum_key
+from dfw_opt.quantizers import QUANTIZERS, Pulled
+from dfw_opt.step_size import closed_form, maximize, readable
+from dfw_opt.update import UNBOUNDED, Bounds, Variables, move, slope_in_box, sums, wide
+from dfw_opt.validate import check_hyperparameters, check_parameters
+
+__all__ = ["FrankWolfe"]
+
+
+class FrankWolfe(Optimizer):
+    r"""Base of :class:`~dfw_opt.DFW`, :class:`~dfw_opt.ProjectedDFW`, :class:`~dfw_opt.TernaryDFW`.
+
+    Attributes:
+        gamma: the last step's :math:`\gamma`, a 0-dim tensor on the device of the parameters; NaN
+            if that step was skipped, ``None`` before the first. Reading its value waits for the
+            device.
+        skipped_steps: how many steps changed nothing because the loss or a gradient was NaN or
+            infinite, a 0-dim integer tensor; ``None`` before the first step.
+    """
+
+    gamma: Tensor | None
+    skipped_steps: Tensor | None
+    _ready = False
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self.gamma = None
+        self.skipped_steps = None
+        super().__init__(params, defaults)
+        # Only once every group is known to be good: a failed construction must not leave
+        # quantized weights behind.
+        for group in self.param_groups:
+            self._start(group)
+        self._ready = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        The dictionary is copied, so one from :func:`~dfw_opt.param_groups` can serve two
+        optimizers.
+
+        Raises:
+            TypeError: a parameter is complex.
+            ValueError: a hyper-parameter is out of range, or a parameter does not suit its
+                quantizer.
+        """
+        if isinstance(param_group, dict):
+            param_group = dict(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_hyperparameters(group, self.defaults)
+            check_parameters(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if self._ready:
+            self._start(group)
+
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None, *, loss: Tensor | float) -> Tensor | float: ...
+    @overload
+    def step(self, closure: Callable[[], Tensor | float]) -> Tensor | float: ...
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Tensor | float] | None = None,
+        *,
+        loss: Tensor | float | None = None,
+    ) -> Tensor | float:
+        """Performs one step.
+
+        Args:
+            closure: clears the gradients, evaluates the loss, calls ``backward()`` and returns the
+                loss. Called once, at the quantized weights.
+            loss: instead of a closure, the loss whose gradients are in place: a real scalar, not
+                negative, without the weight decay term.
+
+        Returns:
+            The loss, as it was passed or returned.
+
+        Raises:
+            TypeError: neither or both of ``closure`` and ``loss`` were given, or the loss is not a
+                number.
+            ValueError: the loss is not a scalar.
+            RuntimeError: a gradient is sparse.
+
+        A loss or gradient that is NaN or infinite (or whose squared norm overflows) skips the step:
+        nothing changes, :attr:`gamma` is NaN and :attr:`skipped_steps` grows by one.
+        """
+        given = _evaluate(type(self).__name__, closure, loss)
+        self._check_gradients()
+
+        batches = [batch for group in self.param_groups for batch in self._pull_back(group)]
+        ell = _scalar(given, batches)
+        terms = [tuple(term.to(ell) for term in sums(batch)) for batch in batches]
+        finite = torch.stack([ell, *(x for term in terms for x in term)]).isfinite().all()
+        self._count(finite)
+        if readable(finite) and not finite:
+            self.gamma = torch.full_like(ell, torch.nan)
+            return given
+
+        gamma = self._search(ell, batches, terms)
+        self._update(batches, gamma, finite)
+        for group in self.param_groups:
+            self._quantize(group)
+        self.gamma = torch.where(finite, gamma, torch.nan)
+        return given
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint, see :meth:`torch.optim.Optimizer.load_state_dict`.
+
+        Latents and scales keep their dtype, whatever that of the parameters, and the parameters are
+        set to the quantized latents. Tensors are copied, not shared with ``state_dict``.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer or of parameters of other shapes;
+                nothing is changed.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, incoming: dict[str, Any]) -> None:
+            check_checkpoint(incoming, self.param_groups, self.defaults)
+            loaded.update(incoming)
+
+        def restore(_: Optimizer) -> None:
+            self._restore(loaded)
+
+        # As hooks, the check sees what the user's own hooks made of the checkpoint, and their later
+        # hooks see the restored state.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own keeps three attributes only.
+        own = ("gamma", "skipped_steps", "_ready")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    # The stages of a step -----------------------------------------------------------------------
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients (parameter of "
+                        f"shape {tuple(p.shape)}); make the layer with sparse=False"
+                    )
+
+    def _pull_back(self, group: dict[str, Any]) -> list[Variables]:
+        """The variables of ``group`` that have a gradient, in batches that can be treated alike."""
+        batches: dict[Any, Variables] = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            for key, value, pulled, own_bounds in self._variables(p, group):
+                bounds = own_bounds or _box(group)
+                buffer = momentum_key(key)
+                keeps = group["momentum"] != 0 or buffer in self.state.get(p, ())
+                kind = (value.device, value.dtype, bounds, own_bounds is None, keeps)
+                if kind not in batches:
+                    batches[kind] = Variables(
+                        lr=group["lr"],
+                        # A scale is not pulled towards 0: two levels would merge.
+                        weight_decay=group["weight_decay"] if own_bounds is None else 0.0,
+                        momentum=group["momentum"] if keeps else None,
+                        bounds=bounds,
+                        exact=group.get("step_size") == "exact",
+                        foreach=group["foreach"] is not False,
+                    )
+                batches[kind].add(value, pulled, (p, buffer))
+        return list(batches.values())
+
+    def _variables(
+        self, p: Tensor, group: dict[str, Any]
+    ) -> Iterator[tuple[str, Tensor, Pulled, Bounds | None]]:
+        """What is trained for ``p``: state key, value, gradient with metric, own bounds if any."""
+        assert p.grad is not None
+        if group.get("quantizer") is None:
+            yield "", p, Pulled(p.grad, None), None
+            return
+        quantizer = QUANTIZERS[group["quantizer"]]
+        state = self._state_of(p)
+        if "latent" not in state:  # it was frozen until now
+            self._start_parameter(p, group)
+            state = self._state_of(p)
+        pulled = quantizer.pull_back(p.grad, state, group)
+        for key, bounds in quantizer.variables.items():
+            yield key, state[key], pulled[key], bounds
+
+    def _search(
+        self, ell: Tensor, batches: list[Variables], terms: list[tuple[Tensor, ...]]
+    ) -> Tensor:
+        r"""The one :math:`\gamma` of this step."""
+        eps = self.param_groups[0]["eps"]
+        boxed = [batch for batch in batches if batch.searched]
+        straight = [t for batch, t in zip(batches, terms, strict=True) if not batch.searched]
+        decay = sum((t[0] for t in straight), torch.zeros_like(ell))
+        curvature = sum((t[1] for t in straight), torch.zeros_like(ell))
+        if not boxed:
+            return closed_form(ell, decay, curvature, eps)
+
+        def slope(gamma: Tensor) -> tuple[Tensor, Tensor]:
+            total, bend = ell - decay - (curvature + eps) * gamma, -(curvature + eps)
+            for batch in boxed:
+                s, b = slope_in_box(batch, gamma.to(batch.values[0].device))
+                total, bend = total + s.to(ell), bend + b.to(ell)
+            return total, bend
+
+        return maximize(slope, like=ell)
+
+    def _update(self, batches: list[Variables], gamma: Tensor, finite: Tensor) -> None:
+        for batch in batches:
+            batch.buffers = self._momentum_buffers(batch)
+            # Where Python cannot know whether all is finite, the old values are kept on the device.
+            changing = [] if readable(finite) else batch.values + batch.buffers
+            before = [tensor.clone() for tensor in changing]
+            move(batch, gamma.to(batch.values[0].device))
+            for tensor, old in zip(changing, before, strict=True):
+                tensor.copy_(torch.where(finite.to(old.device), tensor, old))
+
+    def _quantize(self, group: dict[str, Any]) -> None:
+        if group.get("quantizer") is not None:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._publish(p, group)
+
+    # State --------------------------------------------------------------------------------------
+
+    def _start(self, group: dict[str, Any]) -> None:
+        """Brings the parameters of a new group into its constraint set."""
+        for p in group["params"]:
+            # A frozen parameter is left alone, until it is unfrozen and has a gradient.
+            if p.requires_grad:
+                self._start_parameter(p, group)
+
+    @torch.no_grad()
+    def _start_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
+        if group.get("quantizer") is not None:
+            if "latent" not in self.state[p]:
+                self.state[p].update(QUANTIZERS[group["quantizer"]].start(p, group))
+                self._publish(p, group)
+        elif group.get("radius") is not None:
+            p.clamp_(*_box(group))
+
+    def _publish(self, p: Tensor, group: dict[str, Any]) -> None:
+        p.copy_(QUANTIZERS[group["quantizer"]].quantize(self.state[p], group))
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        """The state of ``p``, moved along if the model has been moved to another device."""
+        state: dict[str, Any] = self.state[p]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.device != p.device:
+                state[key] = value.to(p.device)
+        return state
+
+    def _momentum_buffers(self, batch: Variables) -> list[Tensor]:
+        if batch.momentum is None:
+            return []
+        buffers = []
+        for value, (p, key) in zip(batch.values, batch.owners, strict=True):
+            state = self._state_of(p)
+            if key not in state:
+                state[key] = torch.zeros_like(value, memory_format=torch.preserve_format)
+            buffers.append(state[key])
+        return buffers
+
+    def _count(self, finite: Tensor) -> None:
+        if self.skipped_steps is None or self.skipped_steps.device != finite.device:
+            before = self.skipped_steps
+            self.skipped_steps = torch.zeros((), dtype=torch.int64, device=finite.device)
+            if before is not None:
+                self.skipped_steps += before.to(finite.device)
+        self.skipped_steps += ~finite
+
+    @torch.no_grad()
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        """Undoes what torch does to a loaded state: casts to the parameter's dtype, and sharing."""
+        for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+            quantized = group.get("quantizer") is not None
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                dtype = wide(p.dtype) if quantized else p.dtype
+                for key, value in loaded["state"].get(index, {}).items():
+                    self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
+                if "latent" in self.state.get(p, ()):
+                    self._publish(p, group)
+
+
+def _evaluate(
+    name: str, closure: Callable[[], Tensor | float] | None, loss: Tensor | float | None
+) -> Tensor | float:
+    """The loss, from whichever of the two was given."""
+    if (closure is None) == (loss is None):
+        problem = "needs the loss" if loss is None else "takes a closure or a loss, not both"
+        raise TypeError(
+            f"{name}.step {problem}: write optimizer.step(loss=loss) after loss.backward(), or "
+            "optimizer.step(closure) with a closure that calls backward() and returns the loss"
+        )
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    source = "the loss" if closure is None else "the closure's result"
+    if not isinstance(loss, Tensor | int | float):
+        raise TypeError(f"{source} is {loss!r}; it must be a real scalar tensor or a number")
+    if isinstance(loss, Tensor) and loss.is_complex():
+        raise TypeError(f"{source} has dtype {loss.dtype}; it must be real")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"{source} has shape {tuple(loss.shape)}; it must be a scalar: reduce it before "
+            "backward(), for example with loss.mean()"
+        )
+    return loss
+
+
+def _scalar(loss: Tensor | float, batches: list[Variables]) -> Tensor:
+    """The loss where the sums are made, 0-dim, in float32 or wider."""
+    values = [batch.values[0] for batch in batches]
+    dtype = reduce(torch.promote_types, (v.dtype for v in values), torch.float32)
+    if isinstance(loss, Tensor):
+        device = values[0].device if values else loss.device
+        dtype = torch.promote_types(dtype, loss.dtype)
+        return loss.detach().reshape(()).to(device, dtype)
+    return torch.full((), loss, dtype=dtype, device=values[0].device if values else None)
+
+
+def _box(group: dict[str, Any]) -> Bounds:
+    radius = group.get("radius")
+    return UNBOUNDED if radius is None else (-radius, radius)

@@ -1,0 +1,94 @@
+"""ProjectedDFW: Deep Frank-Wolfe over a box, for binary weights."""
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from dfw_opt.optimizer import FrankWolfe
+
+__all__ = ["ProjectedDFW"]
+
+
+class ProjectedDFW(FrankWolfe):
+    r"""Deep Frank-Wolfe over a box, for binary weights.
+
+    The box :math:`[-R, R]^p` is the relaxation of weights in :math:`\{-1, 1\}`.
+
+    Each quantized parameter holds :math:`Q(u) = c\,a\,\operatorname{sign}(u)`, from construction on
+    and after every step; its normalised latent :math:`u` is ``optimizer.state[p]["latent"]``, in
+    float32. With :math:`d = M^{-1}\delta` the gradient pulled back to the latent, in the metric
+    :math:`M` of the weights (see :mod:`dfw_opt.quantizers`), and :math:`v` a latent or a float
+    parameter (:math:`M = 1`):
+
+    .. math::
+
+        \begin{aligned}
+        &\rule{110mm}{0.4pt}\\
+        &v(\gamma) = \Pi_{[-R, R]}\bigl(v - \eta\,(\lambda v + \gamma d)\bigr)\\
+        &\gamma\ \text{solves}\ \ell + \sum\langle d, v(\gamma) - v\rangle_M = \varepsilon\gamma
+            \ \text{on}\ [0, 1]\text{, or is the end point nearest to that}\\
+        &z \leftarrow \mu z - \eta\gamma\,(d + \lambda v)\\
+        &v \leftarrow \Pi_{[-R, R]}\bigl(v - \eta\,(\lambda v + \gamma d) + \mu z\bigr)\\
+        &p \leftarrow Q(u)\\
+        &\rule{110mm}{0.4pt}
+        \end{aligned}
+
+    Args:
+        params: parameters or groups; :func:`~dfw_opt.param_groups` makes the usual two, with the
+            first and last layer, biases and norms left in float.
+        lr: :math:`\eta`, as in :class:`DFW`; one value serves latents and float parameters.
+        momentum: :math:`\mu`, as in :class:`DFW`.
+        weight_decay: :math:`\lambda`, as in :class:`DFW`; on a latent it acts on :math:`u`.
+        eps: :math:`\varepsilon`, as in :class:`DFW`.
+        quantizer: ``"binary"``, or ``None`` to keep the parameter itself in the box, for models
+            that quantize in their own layers.
+        radius: :math:`R > 0`, or ``None`` for no box. With ``quantizer=None`` as well, the group is
+            plain :class:`DFW`.
+        step_size: ``"exact"`` solves for :math:`\gamma` over the box; ``"closed_form"`` takes
+            that of :class:`DFW`, as if there were no box, and projects afterwards.
+        foreach: as in :class:`DFW`.
+
+    A frozen parameter is left as it is until it is unfrozen and has a gradient.
+
+    Raises:
+        TypeError: a parameter is complex.
+        ValueError: a setting is out of range or names nothing; a parameter to be quantized has
+            fewer than two dimensions, or holds NaN.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 3)
+    >>> optimizer = ProjectedDFW(
+    ...     [{"params": model.weight}, {"params": model.bias, "quantizer": None}]
+    ... )
+    >>> model.weight.abs().unique(dim=1).shape  # one magnitude per output channel
+    torch.Size([3, 1])
+
+    Source: the poster *Binary Neural Networks* (Paren, Jaeckle, Berrada, Zisserman, Pawan Kumar);
+    the quantizer from Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eps: float = 1e-5,
+        *,
+        quantizer: str | None = "binary",
+        radius: float | None = 1.0,
+        step_size: str = "exact",
+        foreach: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "eps": eps,
+                "quantizer": quantizer,
+                "radius": radius,
+                "step_size": step_size,
+                "foreach": foreach,
+            },
+        )

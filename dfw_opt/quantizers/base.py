@@ -1,0 +1,66 @@
+"""What every quantizer provides, and the normalised latent that they share."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Group", "Pulled", "Quantizer", "State", "normalised_latent"]
+
+State = dict[str, Tensor]
+"""What the optimizer keeps for one parameter, by name."""
+
+Group = Mapping[str, Any]
+"""The hyper-parameters of a parameter group."""
+
+
+class Pulled(NamedTuple):
+    r"""The gradient of one trained variable, in the metric of the weights that it moves."""
+
+    gradient: Tensor
+    r""":math:`d = M^{-1}\delta`, the shape of the variable."""
+    metric: Tensor | None
+    """:math:`M`, 0-dim: the squared change in the weights per unit step, summed. ``None`` is 1."""
+
+
+class Quantizer(Protocol):
+    """Latent to weight, and gradient at the weight to gradients of what is trained.
+
+    ``variables`` maps the state keys that are trained to their bounds; ``None`` stands for the box
+    of the group's ``radius``. Only variables under ``radius`` are subject to weight decay.
+    ``options`` names the group keys that the quantizer reads.
+    """
+
+    @property
+    def variables(self) -> Mapping[str, tuple[float, float] | None]: ...
+
+    @property
+    def options(self) -> tuple[str, ...]: ...
+
+    def start(self, weight: Tensor, group: Group) -> State:
+        """The state for a parameter that holds ``weight``, in float32 or wider."""
+        ...
+
+    def quantize(self, state: State, group: Group) -> Tensor:
+        """The weights that the network sees, in the dtype of the state."""
+        ...
+
+    def pull_back(self, grad: Tensor, state: State, group: Group) -> dict[str, Pulled]:
+        """The gradient of every variable, from that at the quantized weights."""
+        ...
+
+
+def normalised_latent(weight: Tensor) -> tuple[Tensor, Tensor]:
+    r"""``weight`` as :math:`c\,u` with :math:`c = \max|w|` and :math:`u \in [-1, 1]`.
+
+    A tensor of zeros, or next to it, has no scale of its own: :math:`c = 1` where
+    :math:`\max|w| < 10^{-12}`, whose square float32 could not hold much longer.
+
+    Returns:
+        :math:`u`, the shape of ``weight``, and :math:`c`, 0-dim, both in float32 or wider.
+    """
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    unit = weight.abs().amax() if weight.numel() else weight.new_zeros(())
+    unit = torch.where(unit < 1e-12, torch.ones_like(unit), unit)
+    return weight / unit, unit

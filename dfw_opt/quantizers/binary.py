@@ -1,0 +1,83 @@
+r"""Binary weights with one scale per output channel, as in XNOR-Net.
+
+.. math::
+
+    Q(u) = c\,a\,\operatorname{sign}(u), \qquad a = \text{mean}\,|u| \text{ per output channel},
+    \qquad \operatorname{sign}(0) = +1 .
+
+The channel is the first dimension of the weight. The scale :math:`a` is not trained: it follows the
+latent, and the pull-back runs through it. With :math:`g` the gradient at :math:`Q(u)` and the
+straight-through estimate :math:`\partial \operatorname{sign}(u_i)/\partial u_i = 1`,
+
+.. math::
+
+    \delta_i = c\,\Bigl(a\,g_i + \operatorname{sign}(u_i)\,\tfrac1n
+        \textstyle\sum_j g_j \operatorname{sign}(u_j)\Bigr), \qquad M = c^2,
+
+the sum over the :math:`n` weights of the channel. The usual factor :math:`\mathbb 1[|u_i| \le R]`
+is always 1, because the optimizer keeps latents in the box.
+
+Source: Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279), Section 3.1; the gradient there,
+:math:`g_i(1/n + \alpha\mathbb 1)`, drops the sum over the channel, which the chain rule keeps.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dfw_opt.quantizers.base import Group, Pulled, Quantizer, State, normalised_latent
+
+__all__ = ["BINARY", "pull_back", "quantize"]
+
+
+def quantize(latent: Tensor, unit: Tensor) -> Tensor:
+    r""":math:`Q(u) = c\,a\,\operatorname{sign}(u)`.
+
+    Args:
+        latent: :math:`u`, shape ``(channels, ...)``, at least 2-D.
+        unit: :math:`c`, 0-dim.
+    """
+    return unit * _channel_mean(latent.abs()) * _sign(latent)
+
+
+def pull_back(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
+    r""":math:`d = M^{-1}\delta = \bigl(a\,g + \operatorname{sign}(u)\,\text{mean}(g \operatorname{sign}(u))\bigr) / c`
+    and :math:`M = c^2`.
+
+    Args:
+        grad: :math:`g`, the loss gradient at :math:`Q(u)`, the shape of ``latent``.
+        latent: :math:`u`.
+        unit: :math:`c`, 0-dim.
+    """  # noqa: E501
+    g = grad.to(latent.dtype)
+    sign = _sign(latent)
+    through_sign = _channel_mean(latent.abs()) * g
+    through_scale = sign * _channel_mean(g * sign)
+    return Pulled((through_sign + through_scale) / unit, unit.square())
+
+
+def _channel_mean(x: Tensor) -> Tensor:
+    return x.mean(dim=tuple(range(1, x.dim())), keepdim=True)
+
+
+def _sign(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+class _Binary:
+    variables: Mapping[str, tuple[float, float] | None] = {"latent": None}
+    options: tuple[str, ...] = ()
+
+    def start(self, weight: Tensor, group: Group) -> State:
+        latent, unit = normalised_latent(weight)
+        return {"latent": latent, "unit": unit}
+
+    def quantize(self, state: State, group: Group) -> Tensor:
+        return quantize(state["latent"], state["unit"])
+
+    def pull_back(self, grad: Tensor, state: State, group: Group) -> dict[str, Pulled]:
+        return {"latent": pull_back(grad, state["latent"], state["unit"])}
+
+
+BINARY: Quantizer = _Binary()

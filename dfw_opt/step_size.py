@@ -1,0 +1,168 @@
+r"""The step size: how far to go towards the linearised loss.
+
+At weights :math:`w_t` with mini-batch loss :math:`\ell`, its gradient :math:`\delta` and that of
+the regulariser, :math:`r`, Deep Frank-Wolfe moves to
+
+.. math::
+
+    w(\gamma) = \Pi_C\bigl(w_t - \eta\,(r + \gamma\,\delta)\bigr), \qquad \gamma \in [0, 1],
+
+where :math:`C` is the constraint set (all of space, or a box) and :math:`\gamma` is the dual
+variable of the hinge :math:`\max(0, \text{linearised loss})`. It maximises a concave function
+:math:`\varphi`, with
+
+.. math::
+
+    \varphi'(\gamma) = \ell + \langle \delta,\, w(\gamma) - w_t\rangle - \varepsilon\gamma .
+
+The last term makes :math:`\varphi` strictly concave; :math:`\varepsilon` is small. Without a box
+:math:`\varphi'` is a straight line and its root has a closed form (:func:`closed_form`). With a
+box it is piecewise linear, and :func:`maximize` finds the root by Newton's method, each
+evaluation one pass over the constrained weights (:func:`box_slope`). Clipping the closed form
+into the box afterwards is *not* the same: it ignores that blocked weights stop contributing to
+the decrease.
+
+All functions are pure, take and return tensors, and never read a value back from an accelerator.
+
+Source: Berrada, Zisserman, Pawan Kumar, *Deep Frank-Wolfe for Neural Network Optimization*, ICLR
+2019 (arXiv 1811.07591), Section 3 and equation (10) for the closed form; the box search is ours.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["MAX_EVALUATIONS", "box_slope", "closed_form", "maximize", "readable"]
+
+MAX_EVALUATIONS = 20
+"""How often :func:`maximize` evaluates the slope at most."""
+
+
+def closed_form(loss: Tensor, decay: Tensor, curvature: Tensor, eps: float) -> Tensor:
+    r"""The maximiser of the unconstrained dual,
+
+    .. math::
+
+        \gamma = \operatorname{clip}_{[0,1]}
+            \frac{\ell - \sum \eta\langle\delta, r\rangle}{\sum \eta\|\delta\|^2 + \varepsilon} .
+
+    Args:
+        loss: :math:`\ell`, 0-dim.
+        decay: :math:`\sum \eta\langle\delta, r\rangle` over all parameters, 0-dim.
+        curvature: :math:`\sum \eta\|\delta\|^2` over all parameters, 0-dim.
+        eps: :math:`\varepsilon \ge 0`.
+
+    Returns:
+        :math:`\gamma`, 0-dim; 1 where numerator and denominator are both 0.
+    """
+    slope_at_0 = loss - decay
+    slope_at_1 = slope_at_0 - (curvature + eps)
+    root = slope_at_0 / (curvature + eps)
+    # The end points are decided by the slopes, so that 0/0 and x/0 are never looked at.
+    return torch.where(slope_at_1 >= 0, 1.0, torch.where(slope_at_0 <= 0, 0.0, root)).to(root.dtype)
+
+
+def box_slope(
+    gamma: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    lower: float,
+    upper: float,
+) -> tuple[Tensor, Tensor]:
+    r"""What one tensor in a box adds to :math:`\varphi'(\gamma)`, and to its right derivative:
+
+    .. math::
+
+        \langle d,\, w(\gamma) - w\rangle, \qquad -\eta \sum_{i\ \text{free}} d_i^2, \qquad
+        w(\gamma) = \operatorname{clip}_{[\text{lower}, \text{upper}]}
+            \bigl(w - \eta(\lambda w + \gamma d)\bigr).
+
+    A weight is free where a slightly larger :math:`\gamma` still moves it.
+
+    Args:
+        gamma: :math:`\gamma`, 0-dim.
+        value: :math:`w`, any shape.
+        gradient: :math:`d`, the shape of ``value``.
+        lr: :math:`\eta`.
+        weight_decay: :math:`\lambda`.
+        lower: lower bound, may be ``-inf``.
+        upper: upper bound, may be ``inf``.
+
+    Returns:
+        Two 0-dim tensors. The first is non-increasing in :math:`\gamma`; the second is not
+        positive.
+    """
+    d = gradient
+    target = value * (1 - lr * weight_decay) - (lr * gamma) * d
+    moved = target.clamp(lower, upper)
+    held = (moved != target) | torch.where(d > 0, target == lower, target == upper)
+    return (d * (moved - value)).sum(), -lr * d.masked_fill(held, 0).square().sum()
+
+
+def maximize(
+    slope: Callable[[Tensor], tuple[Tensor, Tensor]],
+    like: Tensor,
+    max_evaluations: int = MAX_EVALUATIONS,
+) -> Tensor:
+    r"""Where on :math:`[0, 1]` a concave, piecewise quadratic :math:`\varphi` is largest.
+
+    Newton's method on :math:`\varphi'` from the left end of a bracket :math:`[a, b]` with
+    :math:`\varphi'(a) > 0 > \varphi'(b)`. Where every weight starts inside its box
+    :math:`\varphi'` is convex, no step overshoots, and the root is reached exactly once its
+    linear piece is. The area :math:`\varphi'(a)\,(b - a)` bounds
+    :math:`\max\varphi - \varphi(a)`; whenever a Newton step does not halve it, the next
+    evaluation bisects, which does. So after :math:`K` evaluations :math:`\varphi(a)` is within
+    :math:`2^{-\lfloor (K-2)/2 \rfloor}\,\varphi'(0)` of the maximum, whatever the weights; on
+    real gradients a handful is enough. The result is the Newton point of :math:`a`.
+
+    Args:
+        slope: maps :math:`\gamma` (0-dim) to :math:`\varphi'(\gamma)` and its right derivative,
+            0-dim.
+        like: a tensor whose dtype and device :math:`\gamma` takes.
+        max_evaluations: how often ``slope`` is called at most. On an accelerator it is called
+            exactly so often, because stopping early would mean to wait for the result.
+
+    Returns:
+        :math:`\gamma`, 0-dim; an end point if :math:`\varphi'` has no root between.
+    """
+    early = readable(like)
+    zero, one = like.new_zeros(()), like.new_ones(())
+    tolerance = 16 * torch.finfo(like.dtype).eps
+
+    slope_b, _ = slope(one)
+    if early and slope_b >= 0:
+        return one
+    slope_a, bend_a = slope(zero)
+    if early and slope_a <= 0:
+        return zero
+    never, always = slope_a <= 0, slope_b >= 0
+
+    a, b = zero, one
+    gamma = zero
+    bisect = torch.zeros_like(never)
+    for _ in range(max_evaluations - 2):
+        newton = (a - slope_a / bend_a).clamp(a, b)
+        if early and (newton - gamma).abs() <= tolerance * newton:
+            return newton
+        # A flat start (bend 0) sends Newton to b, or to NaN: bisect then too.
+        bisect = bisect | ~(newton < b) | ~(newton > a)
+        gamma = torch.where(bisect, (a + b) / 2, newton)
+        slope_gamma, bend_gamma = slope(gamma)
+
+        area = slope_a * (b - a)
+        left = slope_gamma > 0
+        a, b = torch.where(left, gamma, a), torch.where(left, b, gamma)
+        slope_a = torch.where(left, slope_gamma, slope_a)
+        bend_a = torch.where(left, bend_gamma, bend_a)
+        bisect = slope_a * (b - a) > area / 2
+    gamma = torch.where(bend_a < 0, (a - slope_a / bend_a).clamp(a, b), a)
+    return torch.where(always, one, torch.where(never, zero, gamma))
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether Python may branch on the values of ``tensor`` at no cost."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

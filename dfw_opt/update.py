@@ -1,0 +1,160 @@
+r"""Variables, and what a step does with them: its sums for :math:`\gamma`, then its move.
+
+Everything that a step trains, be it a float parameter, a latent or a scale, is a
+:class:`Variables` entry: a value :math:`v`, its gradient :math:`d = M^{-1}\delta` in the metric
+:math:`M`, and bounds. With :math:`\eta` the learning rate, :math:`\lambda` the weight decay
+(:math:`\rho = \frac\lambda2\|v\|_M^2`, so that its gradient is :math:`\lambda v` in every metric)
+and :math:`\mu` the momentum, a step is
+
+.. math::
+
+    z \leftarrow \mu z - \eta\gamma\,(d + \lambda v), \qquad
+    v \leftarrow \Pi\bigl(v - \eta\,(\lambda v + \gamma d) + \mu z\bigr).
+
+``single_*`` functions are these formulas, one tensor at a time; ``multi_*`` functions compute the
+same with torch's ``_foreach`` kernels.
+
+Source: Berrada et al., ICLR 2019 (arXiv 1811.07591), Algorithm 1 and appendix on Nesterov momentum.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dfw_opt.quantizers import Pulled
+from dfw_opt.step_size import box_slope
+
+__all__ = ["UNBOUNDED", "Bounds", "Variables", "move", "slope_in_box", "sums", "wide"]
+
+Bounds = tuple[float, float]
+UNBOUNDED: Bounds = (-float("inf"), float("inf"))
+
+
+@dataclass(eq=False)
+class Variables:
+    """Tensors of one device and dtype that share hyper-parameters and bounds."""
+
+    lr: float | Tensor
+    weight_decay: float
+    momentum: float | None
+    """``None`` where no buffer is kept."""
+    bounds: Bounds
+    exact: bool
+    """Whether the search for the step size sees the bounds."""
+    foreach: bool
+    values: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    metrics: list[Tensor | None] = field(default_factory=list)
+    """``None`` stands for 1."""
+    owners: list[tuple[Tensor, str]] = field(default_factory=list)
+    """The parameter in whose state the momentum is kept, and its key there."""
+    buffers: list[Tensor] = field(default_factory=list)
+    """Momentum :math:`z`, one a value; empty where none is kept."""
+
+    def add(self, value: Tensor, pulled: Pulled, owner: tuple[Tensor, str]) -> None:
+        self.values.append(value)
+        self.gradients.append(pulled.gradient)
+        self.metrics.append(pulled.metric)
+        self.owners.append(owner)
+
+    @property
+    def searched(self) -> bool:
+        """Whether the bounds take part in the search for the step size."""
+        return self.exact and self.bounds != UNBOUNDED
+
+
+def sums(group: Variables) -> tuple[Tensor, Tensor]:
+    r"""The sums :math:`\sum\eta\langle d, \lambda v\rangle_M` and :math:`\sum\eta\|d\|_M^2`."""
+    return multi_sums(group) if group.foreach else single_sums(group)
+
+
+def move(group: Variables, gamma: Tensor) -> None:
+    """Moves every value and buffer of ``group`` by the module's formulas, in place."""
+    (multi_move if group.foreach else single_move)(group, gamma)
+
+
+def single_sums(group: Variables) -> tuple[Tensor, Tensor]:
+    """:func:`sums`, one tensor at a time."""
+    device, dtype = group.values[0].device, wide(group.values[0].dtype)
+    decay = curvature = torch.zeros((), device=device, dtype=dtype)
+    for v, d, M in zip(group.values, group.gradients, group.metrics, strict=True):
+        m = 1 if M is None else M
+        curvature = curvature + m * torch.linalg.vector_norm(d, dtype=dtype).square()
+        if group.weight_decay:
+            decay = decay + m * (d.to(dtype) * v.to(dtype)).sum()
+    return group.lr * group.weight_decay * decay, group.lr * curvature
+
+
+def multi_sums(group: Variables) -> tuple[Tensor, Tensor]:
+    """:func:`sums` by multi-tensor kernels."""
+    values, gradients = group.values, group.gradients
+    dtype = wide(gradients[0].dtype)
+    squares = torch.stack(torch._foreach_norm(gradients, 2, dtype)).square()
+    metrics = torch.stack([squares.new_ones(()) if M is None else M for M in group.metrics])
+    curvature = group.lr * (squares * metrics).sum()
+    if not group.weight_decay:
+        return torch.zeros_like(curvature), curvature
+    if gradients[0].dtype != dtype:
+        values = [v.to(dtype) for v in values]
+        gradients = [d.to(dtype) for d in gradients]
+    products = torch._foreach_mul(gradients, values)
+    inner = torch.stack([product.sum() for product in products])
+    return group.lr * group.weight_decay * (inner * metrics).sum(), curvature
+
+
+def slope_in_box(group: Variables, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    r"""What ``group`` adds to :math:`\varphi'(\gamma)` and to its right derivative."""
+    slope = bend = torch.zeros_like(gamma)
+    for v, d, M in zip(group.values, group.gradients, group.metrics, strict=True):
+        dtype = wide(d.dtype)
+        s, b = box_slope(
+            gamma,
+            v.to(dtype),
+            d.to(dtype),
+            lr=group.lr,
+            weight_decay=group.weight_decay,
+            lower=group.bounds[0],
+            upper=group.bounds[1],
+        )
+        m = 1 if M is None else M
+        slope, bend = slope + m * s, bend + m * b
+    return slope, bend
+
+
+def single_move(group: Variables, gamma: Tensor) -> None:
+    """:func:`move`, one tensor at a time."""
+    lr, weight_decay, momentum = group.lr, group.weight_decay, group.momentum
+    for i, (v, d) in enumerate(zip(group.values, group.gradients, strict=True)):
+        r = weight_decay * v
+        moved = v - lr * (r + gamma * d)
+        if momentum is not None:
+            z = group.buffers[i]
+            z.copy_(momentum * z - lr * gamma * (d + r))
+            moved = moved + momentum * z
+        v.copy_(moved.clamp(*group.bounds))
+
+
+def multi_move(group: Variables, gamma: Tensor) -> None:
+    """:func:`move` by multi-tensor kernels."""
+    values, buffers, momentum = group.values, group.buffers, group.momentum
+    decay, reach = group.lr * group.weight_decay, group.lr * gamma
+    steps = torch._foreach_mul(group.gradients, reach)
+    if momentum is not None:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_sub_(buffers, steps)
+        if group.weight_decay:
+            torch._foreach_sub_(buffers, torch._foreach_mul(values, gamma * decay))
+    if group.weight_decay:
+        torch._foreach_mul_(values, 1 - decay)
+    torch._foreach_sub_(values, steps)
+    if momentum is not None:
+        torch._foreach_add_(values, buffers, alpha=momentum)
+    if group.bounds != UNBOUNDED:
+        torch._foreach_clamp_min_(values, group.bounds[0])
+        torch._foreach_clamp_max_(values, group.bounds[1])
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums: products of half-precision gradients overflow or vanish in their own."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,98 @@
+"""Checks of settings: every error names the argument, its value, and what to write instead."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfw_opt.quantizers import QUANTIZERS
+
+__all__ = ["check_hyperparameters", "check_parameters"]
+
+STEP_SIZES = ("exact", "closed_form")
+
+# Name: (test of a finite number, what the number must be).
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda x: x >= 0, "at least 0"),
+    "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "weight_decay": (lambda x: x >= 0, "at least 0"),
+    "eps": (lambda x: x >= 0, "at least 0"),
+    "radius": (lambda x: x > 0, "greater than 0, or None for no box"),
+    "threshold": (lambda x: 0 <= x < 1, "in [0, 1)"),
+}
+
+
+def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Checks the values in ``group`` for an optimizer whose defaults are ``known``.
+
+    Raises:
+        ValueError: a value is out of range, or names nothing.
+    """
+    for name in known:
+        if name in _RANGES and not (name == "radius" and group[name] is None):
+            _check_number(name, group[name])
+    foreach = group["foreach"]
+    if not (foreach is None or isinstance(foreach, bool)):
+        raise ValueError(f"foreach={foreach!r} must be True, False or None")
+    if "step_size" in known and group["step_size"] not in STEP_SIZES:
+        raise ValueError(f"step_size={group['step_size']!r} must be one of {list(STEP_SIZES)}")
+    _check_quantizer(group.get("quantizer"), known)
+
+
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Checks that the parameters of ``group`` suit its quantizer.
+
+    Raises:
+        TypeError: a parameter is complex, or not floating point.
+        ValueError: a parameter to be quantized has fewer than two dimensions, or is not finite.
+    """
+    quantizer = group.get("quantizer")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; "
+                "only real floating-point parameters can be trained"
+            )
+        if quantizer is None:
+            continue
+        if p.dim() < 2:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is in a group with "
+                f"quantizer={quantizer!r}, which needs at least 2 dimensions; leave biases and "
+                "norms in a float group, as dfw_opt.param_groups(model) does"
+            )
+        if p.device.type != "meta" and not torch.isfinite(p).all():
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} in a group with quantizer={quantizer!r} "
+                "holds NaN or infinity; initialise the model before making the optimizer"
+            )
+
+
+def _check_number(name: str, value: Any) -> None:
+    test, meaning = _RANGES[name]
+    if isinstance(value, Tensor):
+        if name != "lr":
+            raise ValueError(f"{name}={value!r} must be a plain number, not a tensor")
+        if value.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, but has shape {tuple(value.shape)}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}={value!r} must be a plain number, {meaning}")
+    if not (math.isfinite(value) and test(value)):
+        raise ValueError(f"{name}={value!r} must be {meaning}")
+
+
+def _check_quantizer(quantizer: Any, known: Mapping[str, Any]) -> None:
+    if quantizer is None:
+        return
+    if "quantizer" not in known:
+        raise ValueError(
+            f"quantizer={quantizer!r}: this optimizer trains float weights only; "
+            "use ProjectedDFW or TernaryDFW"
+        )
+    available = [name for name, q in QUANTIZERS.items() if set(q.options) <= set(known)]
+    if quantizer not in available:
+        remedy = "; use TernaryDFW" if quantizer in QUANTIZERS else ""
+        raise ValueError(f"quantizer={quantizer!r} must be None or one of {available}{remedy}")
