@@ -32,9 +32,8 @@ class SignActivation(nn.Module):
     >>> SignActivation()(torch.tensor([-0.3, 0.0, 2.0]))
     tensor([-1.,  1.,  1.])
 
-    Source: Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279) for ``"clipped"``; Liu et
-        al.,
-    *Bi-Real Net*, ECCV 2018 (arXiv 1808.00278), equation (7), for ``"approx"``.
+    Source: Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279) for ``"clipped"``;
+    Liu et al., *Bi-Real Net*, ECCV 2018 (arXiv 1808.00278) for ``"approx"``.
     """
 
     def __init__(self, ste: str = "clipped") -> None:

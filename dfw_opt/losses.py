@@ -36,9 +36,8 @@ class MultiClassHingeLoss(nn.Module):
     >>> criterion(torch.tensor([[2.0, 1.5, 0.0]]), torch.tensor([0]))
     tensor(0.5000)
 
-    Source: Berrada et al., ICLR 2019 (arXiv 1811.07591), Section 3 and its appendix on dual
-        smoothing;
-    Crammer and Singer, JMLR 2, 2001.
+    Source: Berrada et al., ICLR 2019 (arXiv 1811.07591), Section 3 and, for dual smoothing, its
+    appendix; Crammer and Singer, JMLR 2, 2001.
     """
 
     def __init__(self, smooth: bool = False) -> None:

@@ -25,7 +25,7 @@ the decrease.
 All functions are pure, take and return tensors, and never read a value back from an accelerator.
 
 Source: Berrada, Zisserman, Pawan Kumar, *Deep Frank-Wolfe for Neural Network Optimization*, ICLR
-2019 (arXiv 1811.07591), Section 3 and equation (10) for the closed form; the box search is ours.
+2019 (arXiv 1811.07591), Section 3 and Algorithm 1 for the closed form; the box search is ours.
 """
 
 from collections.abc import Callable

@@ -45,8 +45,7 @@ class TernaryDFW(FrankWolfe):
     True
 
     Source: Zhu et al., *Trained Ternary Quantization*, ICLR 2017 (arXiv 1612.01064), trained as
-        in the
-    poster *Binary Neural Networks* (Paren, Jaeckle, Berrada, Zisserman, Pawan Kumar).
+    in the poster *Binary Neural Networks* (Paren, Jaeckle, Berrada, Zisserman, Pawan Kumar).
     """
 
     def __init__(
