@@ -37,7 +37,7 @@ class DFW(FrankWolfe):
         lr: :math:`\eta \ge 0`, the paper's proximal coefficient; a float or a 1-element tensor.
         momentum: :math:`\mu \in [0, 1)`.
         weight_decay: :math:`\lambda \ge 0`. Not written into ``.grad``, and not part of the loss
-            that is passed to :meth:`step`.
+            that is passed to :meth:`~dfw_opt.optimizer.FrankWolfe.step`.
         eps: :math:`\varepsilon \ge 0`. As :math:`\gamma` is one for all, that of the first group
             counts.
         foreach: whether to use torch's multi-tensor kernels; ``None`` means yes. The other path is

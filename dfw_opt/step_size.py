@@ -67,7 +67,6 @@ def box_slope(
     gamma: Tensor,
     value: Tensor,
     gradient: Tensor,
-    *,
     lr: float | Tensor,
     weight_decay: float,
     lower: float,
@@ -105,8 +104,9 @@ def box_slope(
 
 def maximize(
     slope: Callable[[Tensor], tuple[Tensor, Tensor]],
-    like: Tensor,
     max_evaluations: int = MAX_EVALUATIONS,
+    *,
+    like: Tensor | None = None,
 ) -> Tensor:
     r"""Where on :math:`[0, 1]` a concave, piecewise quadratic :math:`\varphi` is largest.
 
@@ -122,13 +122,14 @@ def maximize(
     Args:
         slope: maps :math:`\gamma` (0-dim) to :math:`\varphi'(\gamma)` and its right derivative,
             0-dim.
-        like: a tensor whose dtype and device :math:`\gamma` takes.
         max_evaluations: how often ``slope`` is called at most. On an accelerator it is called
             exactly so often, because stopping early would mean to wait for the result.
+        like: a tensor whose dtype and device :math:`\gamma` takes; float64 on the CPU by default.
 
     Returns:
         :math:`\gamma`, 0-dim; an end point if :math:`\varphi'` has no root between.
     """
+    like = torch.zeros((), dtype=torch.float64) if like is None else like
     early = readable(like)
     zero, one = like.new_zeros(()), like.new_ones(())
     tolerance = 16 * torch.finfo(like.dtype).eps

@@ -12,8 +12,8 @@ for a float parameter). Pull-backs therefore return :math:`d = M^{-1}\delta`, th
 metric, together with :math:`M`; all inner products in the step size are
 :math:`\langle\cdot,\cdot\rangle_M`.
 
-To add a quantizer, write one file with an object of type :class:`Quantizer` and enter it in
-:data:`QUANTIZERS`.
+To add a quantizer, write one file with an object of type
+:class:`~dfw_opt.quantizers.base.Quantizer` and enter it in :data:`QUANTIZERS`.
 """
 
 from dfw_opt.quantizers.base import Group, Pulled, Quantizer, State
