@@ -29,17 +29,18 @@ class FrankWolfe(Optimizer):
             if that step was skipped, ``None`` before the first. Reading its value waits for the
             device.
         skipped_steps: how many steps changed nothing because the loss or a gradient was NaN or
-            infinite, a 0-dim integer tensor; ``None`` before the first step.
+            infinite, a 0-dim integer tensor.
     """
 
     gamma: Tensor | None
-    skipped_steps: Tensor | None
+    skipped_steps: Tensor
     _ready = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.gamma = None
-        self.skipped_steps = None
         super().__init__(params, defaults)
+        devices = [p.device for group in self.param_groups for p in group["params"]]
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=next(iter(devices), None))
         # Only once every group is known to be good: a failed construction must not leave
         # quantized weights behind.
         for group in self.param_groups:
@@ -108,7 +109,7 @@ class FrankWolfe(Optimizer):
         ell = _scalar(given, batches)
         terms = [tuple(term.to(ell) for term in sums(batch)) for batch in batches]
         finite = torch.stack([ell, *(x for term in terms for x in term)]).isfinite().all()
-        self._count(finite)
+        self.skipped_steps = self.skipped_steps.to(finite.device) + ~finite
         if readable(finite) and not finite:
             self.gamma = torch.full_like(ell, torch.nan)
             return given
@@ -151,6 +152,11 @@ class FrankWolfe(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("foreach", None)
+
     def __getstate__(self) -> dict[str, Any]:
         # torch's own keeps three attributes only.
         own = ("gamma", "skipped_steps", "_ready")
@@ -180,7 +186,7 @@ class FrankWolfe(Optimizer):
                 kind = (value.device, value.dtype, bounds, own_bounds is None, keeps)
                 if kind not in batches:
                     batches[kind] = Variables(
-                        lr=group["lr"],
+                        lr=_scalar_lr(group["lr"]),
                         # A scale is not pulled towards 0: two levels would merge.
                         weight_decay=group["weight_decay"] if own_bounds is None else 0.0,
                         momentum=group["momentum"] if keeps else None,
@@ -285,14 +291,6 @@ class FrankWolfe(Optimizer):
             buffers.append(state[key])
         return buffers
 
-    def _count(self, finite: Tensor) -> None:
-        if self.skipped_steps is None or self.skipped_steps.device != finite.device:
-            before = self.skipped_steps
-            self.skipped_steps = torch.zeros((), dtype=torch.int64, device=finite.device)
-            if before is not None:
-                self.skipped_steps += before.to(finite.device)
-        self.skipped_steps += ~finite
-
     @torch.no_grad()
     def _restore(self, loaded: dict[str, Any]) -> None:
         """Undoes what torch does to a loaded state: casts to the parameter's dtype, and sharing."""
@@ -310,13 +308,16 @@ def _evaluate(
     name: str, closure: Callable[[], Tensor | float] | None, loss: Tensor | float | None
 ) -> Tensor | float:
     """The loss, from whichever of the two was given."""
+    usage = (
+        "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with a "
+        "closure that calls backward() and returns the loss"
+    )
     if (closure is None) == (loss is None):
         problem = "needs the loss" if loss is None else "takes a closure or a loss, not both"
-        raise TypeError(
-            f"{name}.step {problem}: write optimizer.step(loss=loss) after loss.backward(), or "
-            "optimizer.step(closure) with a closure that calls backward() and returns the loss"
-        )
+        raise TypeError(f"{name}.step {problem}: {usage}")
     if closure is not None:
+        if not callable(closure):
+            raise TypeError(f"{name}.step: the closure, {closure!r}, cannot be called: {usage}")
         with torch.enable_grad():
             loss = closure()
     source = "the loss" if closure is None else "the closure's result"
@@ -341,6 +342,10 @@ def _scalar(loss: Tensor | float, batches: list[Variables]) -> Tensor:
         dtype = torch.promote_types(dtype, loss.dtype)
         return loss.detach().reshape(()).to(device, dtype)
     return torch.full((), loss, dtype=dtype, device=values[0].device if values else None)
+
+
+def _scalar_lr(lr: float | Tensor) -> float | Tensor:
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 def _box(group: dict[str, Any]) -> Bounds:

@@ -33,10 +33,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_EVALUATIONS", "box_slope", "closed_form", "maximize", "readable"]
+__all__ = [
+    "FIXED_EVALUATIONS",
+    "MAX_EVALUATIONS",
+    "box_slope",
+    "closed_form",
+    "maximize",
+    "readable",
+]
 
-MAX_EVALUATIONS = 20
-"""How often :func:`maximize` evaluates the slope at most."""
+MAX_EVALUATIONS = 100
+"""How often :func:`maximize` evaluates the slope at most; a handful is usual."""
+
+FIXED_EVALUATIONS = 20
+"""How often it does on an accelerator, where stopping early would mean to wait for a result."""
 
 
 def closed_form(loss: Tensor, decay: Tensor, curvature: Tensor, eps: float) -> Tensor:
@@ -96,10 +106,12 @@ def box_slope(
         positive.
     """
     d = gradient
-    target = value * (1 - lr * weight_decay) - (lr * gamma) * d
-    moved = target.clamp(lower, upper)
-    held = (moved != target) | torch.where(d > 0, target == lower, target == upper)
-    return (d * (moved - value)).sum(), -lr * d.masked_fill(held, 0).square().sum()
+    # Steps, not places, are compared and summed: w(gamma) - w would lose a small step's digits.
+    step = -lr * (weight_decay * value + gamma * d)
+    room_below, room_above = lower - value, upper - value
+    taken = step.clamp(room_below, room_above)
+    held = (taken != step) | torch.where(d > 0, step == room_below, step == room_above)
+    return (d * taken).sum(), -lr * d.masked_fill(held, 0).square().sum()
 
 
 def maximize(
@@ -122,8 +134,8 @@ def maximize(
     Args:
         slope: maps :math:`\gamma` (0-dim) to :math:`\varphi'(\gamma)` and its right derivative,
             0-dim.
-        max_evaluations: how often ``slope`` is called at most. On an accelerator it is called
-            exactly so often, because stopping early would mean to wait for the result.
+        max_evaluations: how often ``slope`` is called at most; on an accelerator exactly
+            :data:`FIXED_EVALUATIONS` times, unless this is less.
         like: a tensor whose dtype and device :math:`\gamma` takes; float64 on the CPU by default.
 
     Returns:
@@ -132,6 +144,7 @@ def maximize(
     like = torch.zeros((), dtype=torch.float64) if like is None else like
     early = readable(like)
     zero, one = like.new_zeros(()), like.new_ones(())
+    evaluations = max_evaluations if early else min(max_evaluations, FIXED_EVALUATIONS)
     tolerance = 16 * torch.finfo(like.dtype).eps
 
     slope_b, _ = slope(one)
@@ -145,12 +158,11 @@ def maximize(
     a, b = zero, one
     gamma = zero
     bisect = torch.zeros_like(never)
-    for _ in range(max_evaluations - 2):
-        newton = (a - slope_a / bend_a).clamp(a, b)
-        if early and (newton - gamma).abs() <= tolerance * newton:
+    for _ in range(evaluations - 2):
+        newton = a - slope_a / bend_a  # infinite where all weights are held at a
+        if early and newton <= b and (newton - gamma).abs() <= tolerance * newton:
             return newton
-        # A flat start (bend 0) sends Newton to b, or to NaN: bisect then too.
-        bisect = bisect | ~(newton < b) | ~(newton > a)
+        bisect = bisect | ~((a < newton) & (newton < b))
         gamma = torch.where(bisect, (a + b) / 2, newton)
         slope_gamma, bend_gamma = slope(gamma)
 

@@ -23,6 +23,14 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "threshold": (lambda x: 0 <= x < 1, "in [0, 1)"),
 }
 
+# Settings that not all optimizers have, and one that does.
+_SPECIAL = {
+    "quantizer": "ProjectedDFW or TernaryDFW",
+    "radius": "ProjectedDFW or TernaryDFW",
+    "step_size": "ProjectedDFW or TernaryDFW",
+    "threshold": "TernaryDFW",
+}
+
 
 def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Checks the values in ``group`` for an optimizer whose defaults are ``known``.
@@ -30,15 +38,21 @@ def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) ->
     Raises:
         ValueError: a value is out of range, or names nothing.
     """
+    for name, optimizer in _SPECIAL.items():
+        if name not in known and group.get(name) is not None:
+            raise ValueError(
+                f"{name}={group[name]!r} is no setting of this optimizer; use {optimizer}"
+            )
     for name in known:
         if name in _RANGES and not (name == "radius" and group[name] is None):
             _check_number(name, group[name])
-    foreach = group["foreach"]
+    foreach = group.get("foreach")
     if not (foreach is None or isinstance(foreach, bool)):
         raise ValueError(f"foreach={foreach!r} must be True, False or None")
     if "step_size" in known and group["step_size"] not in STEP_SIZES:
         raise ValueError(f"step_size={group['step_size']!r} must be one of {list(STEP_SIZES)}")
-    _check_quantizer(group.get("quantizer"), known)
+    if "quantizer" in known:
+        _check_quantizer(group["quantizer"], known)
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:
@@ -87,11 +101,6 @@ def _check_number(name: str, value: Any) -> None:
 def _check_quantizer(quantizer: Any, known: Mapping[str, Any]) -> None:
     if quantizer is None:
         return
-    if "quantizer" not in known:
-        raise ValueError(
-            f"quantizer={quantizer!r}: this optimizer trains float weights only; "
-            "use ProjectedDFW or TernaryDFW"
-        )
     available = [name for name, q in QUANTIZERS.items() if set(q.options) <= set(known)]
     if quantizer not in available:
         remedy = "; use TernaryDFW" if quantizer in QUANTIZERS else ""

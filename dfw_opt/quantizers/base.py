@@ -51,11 +51,12 @@ class Quantizer(Protocol):
         ...
 
 
-def normalised_latent(weight: Tensor) -> tuple[Tensor, Tensor]:
-    r"""``weight`` as :math:`c\,u` with :math:`c = \max|w|` and :math:`u \in [-1, 1]`.
+def normalised_latent(weight: Tensor, radius: float | None) -> tuple[Tensor, Tensor]:
+    r"""``weight`` as :math:`c\,u` with :math:`c = \max|w|`, so that :math:`u \in [-1, 1]`.
 
     A tensor of zeros, or next to it, has no scale of its own: :math:`c = 1` where
-    :math:`\max|w| < 10^{-12}`, whose square float32 could not hold much longer.
+    :math:`\max|w| < 10^{-12}`, whose square float32 could not hold much longer. A
+    ``radius`` below 1 clips :math:`u`.
 
     Returns:
         :math:`u`, the shape of ``weight``, and :math:`c`, 0-dim, both in float32 or wider.
@@ -63,4 +64,5 @@ def normalised_latent(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     unit = weight.abs().amax() if weight.numel() else weight.new_zeros(())
     unit = torch.where(unit < 1e-12, torch.ones_like(unit), unit)
-    return weight / unit, unit
+    latent = weight / unit
+    return (latent if radius is None else latent.clamp_(-radius, radius)), unit

@@ -70,7 +70,7 @@ class _Binary:
     options: tuple[str, ...] = ()
 
     def start(self, weight: Tensor, group: Group) -> State:
-        latent, unit = normalised_latent(weight)
+        latent, unit = normalised_latent(weight, group["radius"])
         return {"latent": latent, "unit": unit}
 
     def quantize(self, state: State, group: Group) -> Tensor:

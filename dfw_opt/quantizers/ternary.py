@@ -102,7 +102,7 @@ class _Ternary:
     options: tuple[str, ...] = ("threshold",)
 
     def start(self, weight: Tensor, group: Group) -> State:
-        latent, unit = normalised_latent(weight)
+        latent, unit = normalised_latent(weight, group["radius"])
         positive, negative = _zones(latent, group["threshold"])
         return {
             "latent": latent,
