@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dfw_opt.quantizers import QUANTIZERS
-from dfw_opt.validate import check_hyperparameters
+from dfw_opt.validate import SETTINGS, check_hyperparameters
 
 __all__ = ["check_checkpoint", "momentum_key"]
 
@@ -51,8 +51,8 @@ def check_checkpoint(
 def _check_group(
     number: int, saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    # How a step is computed is no part of what is computed: older checkpoints may not say.
-    missing = sorted(set(defaults) - set(saved) - {"foreach"})
+    # Other defaults (foreach, and those that torch adds) do not change what a step computes.
+    missing = sorted((SETTINGS & set(defaults)) - set(saved))
     if missing:
         raise ValueError(
             f"the checkpoint is of another optimizer: its parameter group {number} lacks {missing}"

@@ -125,11 +125,12 @@ def maximize(
     Newton's method on :math:`\varphi'` from the left end of a bracket :math:`[a, b]` with
     :math:`\varphi'(a) > 0 > \varphi'(b)`. Where every weight starts inside its box
     :math:`\varphi'` is convex, no step overshoots, and the root is reached exactly once its
-    linear piece is. The area :math:`\varphi'(a)\,(b - a)` bounds
-    :math:`\max\varphi - \varphi(a)`; whenever a Newton step does not halve it, the next
-    evaluation bisects, which does. So after :math:`K` evaluations :math:`\varphi(a)` is within
-    :math:`2^{-\lfloor (K-2)/2 \rfloor}\,\varphi'(0)` of the maximum, whatever the weights; on
-    real gradients a handful is enough. The result is the Newton point of :math:`a`.
+    linear piece is; elsewhere the secant follows an overshoot. The area
+    :math:`\varphi'(a)\,(b - a)` bounds :math:`\max\varphi - \varphi(a)`; whenever a Newton step
+    does not halve it, the next evaluation bisects, which does. So after :math:`K` evaluations
+    :math:`\varphi(a)` is within :math:`2^{-\lfloor (K-2)/2 \rfloor}\,\varphi'(0)` of the maximum,
+    whatever the weights; on real gradients a handful is enough. The result is the next point that
+    the method would try.
 
     Args:
         slope: maps :math:`\gamma` (0-dim) to :math:`\varphi'(\gamma)` and its right derivative,
@@ -155,25 +156,32 @@ def maximize(
         return zero
     never, always = slope_a <= 0, slope_b >= 0
 
-    a, b = zero, one
-    gamma = zero
+    def next_point() -> Tensor:
+        newton = a - slope_a / bend_a
+        secant = a + (b - a) * slope_a / (slope_a - slope_b)
+        return torch.where(left & (bend_a < 0), newton, secant)
+
+    a, b, gamma = zero, one, zero
+    left = torch.ones_like(never)  # whether gamma is a, rather than b
     bisect = torch.zeros_like(never)
     for _ in range(evaluations - 2):
-        newton = a - slope_a / bend_a  # infinite where all weights are held at a
-        if early and newton <= b and (newton - gamma).abs() <= tolerance * newton:
-            return newton
-        bisect = bisect | ~((a < newton) & (newton < b))
-        gamma = torch.where(bisect, (a + b) / 2, newton)
+        point = next_point()
+        if early and (point - gamma).abs() <= tolerance * point:
+            return point
+        bisect = bisect | ~((a < point) & (point < b))
+        gamma = torch.where(bisect, (a + b) / 2, point)
         slope_gamma, bend_gamma = slope(gamma)
 
         area = slope_a * (b - a)
         left = slope_gamma > 0
         a, b = torch.where(left, gamma, a), torch.where(left, b, gamma)
-        slope_a = torch.where(left, slope_gamma, slope_a)
+        slope_a, slope_b = (
+            torch.where(left, slope_gamma, slope_a),
+            torch.where(left, slope_b, slope_gamma),
+        )
         bend_a = torch.where(left, bend_gamma, bend_a)
         bisect = slope_a * (b - a) > area / 2
-    gamma = torch.where(bend_a < 0, (a - slope_a / bend_a).clamp(a, b), a)
-    return torch.where(always, one, torch.where(never, zero, gamma))
+    return torch.where(always, one, torch.where(never, zero, next_point().clamp(a, b)))
 
 
 def readable(tensor: Tensor) -> bool:

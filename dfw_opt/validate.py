@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfw_opt.quantizers import QUANTIZERS
 
-__all__ = ["check_hyperparameters", "check_parameters"]
+__all__ = ["SETTINGS", "check_hyperparameters", "check_parameters"]
 
 STEP_SIZES = ("exact", "closed_form")
 
@@ -22,6 +22,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "radius": (lambda x: x > 0, "greater than 0, or None for no box"),
     "threshold": (lambda x: 0 <= x < 1, "in [0, 1)"),
 }
+
+SETTINGS = frozenset({*_RANGES, "quantizer", "step_size"})
+"""The hyper-parameters that decide what a step computes."""
 
 # Settings that not all optimizers have, and one that does.
 _SPECIAL = {
