@@ -1,0 +1,163 @@
+"""What several test files need: ready-made optimizers, and comparing tensors bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from dfw_opt import DFW, ProjectedDFW, TernaryDFW
+from dfw_opt.quantizers import binary, ternary
+
+FLOAT_GROUP: dict[str, Any] = {"quantizer": None, "radius": None}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An optimizer with settings; quantized kinds put parameters below two dimensions in a float group."""
+
+    name: str
+    optimizer: Callable[..., Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    quantized: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def groups(self, params: Iterable[Tensor]) -> list[dict[str, Any]]:
+        params = list(params)
+        if not self.quantized:
+            return [{"params": params}]
+        matrices = [p for p in params if p.dim() >= 2]
+        rest = [p for p in params if p.dim() < 2]
+        groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
+        return groups + ([{"params": rest, **FLOAT_GROUP}] if rest else [])
+
+    def make(self, params: Iterable[Tensor], **overrides: Any) -> Any:
+        return self.optimizer(self.groups(params), **{**self.settings, **overrides})
+
+
+KINDS = [
+    Kind("dfw", DFW),
+    Kind("box", ProjectedDFW, {"quantizer": None, "radius": 0.5}),
+    Kind("binary", ProjectedDFW, quantized=True),
+    Kind("binary_closed_form", ProjectedDFW, {"step_size": "closed_form"}, quantized=True),
+    Kind("ternary", TernaryDFW, quantized=True),
+    Kind("ternary_closed_form", TernaryDFW, {"step_size": "closed_form"}, quantized=True),
+]
+QUANTIZED_KINDS = [kind for kind in KINDS if kind.quantized]
+MAIN_KINDS = [kind for kind in KINDS if kind.name in ("dfw", "binary", "ternary")]
+
+SHAPES: tuple[tuple[int, ...], ...] = ((4, 6), (3, 2, 3, 3), (5,))
+
+
+def make_params(
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    scale: float = 0.3,
+) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [Parameter((scale * values).to(dtype)) for values in draw]
+
+
+def clone_params(params: Iterable[Tensor]) -> list[Parameter]:
+    return [Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params]
+
+
+def draw_gradients(params: Iterable[Tensor], seed: int, scale: float = 1.0) -> None:
+    """Give every parameter a random gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad = (scale * values).to(p.dtype)
+
+
+def train(optimizer: Any, params: Sequence[Tensor], steps: int, seed: int = 0) -> None:
+    """Some steps with gradients that depend on the weights, as in training."""
+    for number in range(steps):
+        draw_gradients(params, 1000 * seed + number, 0.3)
+        for p in params:
+            assert p.grad is not None
+            p.grad += p.detach()
+        optimizer.step(loss=1.0 / (1 + number))
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The bits of a tensor: tells −0.0 from 0.0 and finds NaN equal to itself."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype and raw(left) == raw(right)
+
+
+def fingerprint(value: Any) -> Any:
+    """Something that compares equal only if all tensors inside have the same type, shape and bits."""
+    if isinstance(value, Tensor):
+        return (str(value.dtype), tuple(value.shape), raw(value))
+    if isinstance(value, dict):
+        return {key: fingerprint(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [fingerprint(inner) for inner in value]
+    return copy.deepcopy(value)
+
+
+def everything(optimizer: Optimizer) -> Any:
+    """Parameters, state and groups, as a fingerprint to compare before and after."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return (
+        fingerprint([p.detach() for p in params]),
+        fingerprint([dict(optimizer.state[p]) if p in optimizer.state else {} for p in params]),
+        [
+            {key: fingerprint(value) for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+    )
+
+
+def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
+    """What the parameter must hold, from the optimizer's state alone."""
+    state = optimizer.state[p]
+    if group["quantizer"] == "binary":
+        return binary.quantize(state["latent"], state["unit"]).to(p.dtype)
+    return ternary.quantize(
+        state["latent"],
+        state["unit"],
+        state["scale_pos"],
+        state["scale_neg"],
+        group["threshold"],
+    ).to(p.dtype)
+
+
+def assert_consistent(optimizer: Optimizer) -> None:
+    """Latents in the box, scales positive, parameters exactly the quantized latents, all finite."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert torch.isfinite(p).all()
+            for value in optimizer.state[p].values():
+                assert torch.isfinite(value).all()
+            radius = group.get("radius")
+            if group.get("quantizer") is None:
+                if radius is not None:
+                    # The cast of the radius to the parameter's type is as near as the box can be held.
+                    assert (p.detach().abs() <= torch.tensor(radius, dtype=p.dtype)).all()
+                continue
+            if radius is not None:
+                assert (optimizer.state[p]["latent"].abs() <= radius).all()
+            for name in ("scale_pos", "scale_neg"):
+                if group["quantizer"] == "ternary":
+                    assert optimizer.state[p][name] > 0
+            assert same_bits(p, forward_weights(optimizer, group, p))
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.asarray(tensor.detach().to(torch.float64).cpu().numpy(), dtype=np.float64).copy()

@@ -1,0 +1,71 @@
+"""SignActivation: sign(0) = +1, and the two straight-through derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dfw_opt import SignActivation
+
+POINTS = [-3.0, -1.001, -1.0, -0.75, -0.25, -0.0, 0.0, 0.25, 0.75, 1.0, 1.001, 3.0]
+
+
+@pytest.mark.parametrize("ste", ["clipped", "approx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_forward(ste: str, dtype: torch.dtype) -> None:
+    x = torch.tensor(POINTS, dtype=dtype)
+    y = SignActivation(ste=ste)(x)
+    assert y.dtype == dtype
+    assert y.tolist() == [-1.0 if value < 0 else 1.0 for value in POINTS]
+
+
+@pytest.mark.parametrize("ste", ["clipped", "approx"])
+@given(st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=8), st.integers(0, 1000))
+def test_backward(ste: str, values: list[float], seed: int) -> None:
+    x = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(
+        len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    (SignActivation(ste=ste)(x) * weights).sum().backward()
+    slopes = [
+        (1.0 if abs(v) <= 1 else 0.0) if ste == "clipped" else max(0.0, 2.0 - 2.0 * abs(v))
+        for v in values
+    ]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weights * torch.tensor(slopes, dtype=torch.float64))
+
+
+def test_clipped_includes_the_ends() -> None:
+    x = torch.tensor([-1.0, 1.0, -1.0000001, 1.0000001], requires_grad=True)
+    SignActivation(ste="clipped")(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_clipped_is_the_default() -> None:
+    x = torch.tensor([0.75], requires_grad=True)
+    SignActivation()(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.item() == 1.0
+
+
+def test_input_is_not_changed() -> None:
+    x = torch.tensor([0.5, -0.5])
+    SignActivation()(x)
+    assert x.tolist() == [0.5, -0.5]
+
+
+def test_is_a_module_without_state() -> None:
+    module = SignActivation(ste="approx")
+    assert isinstance(module, torch.nn.Module)
+    assert not module.state_dict()
+    assert "approx" in repr(module)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="ste.*'smooth'") as caught:
+        SignActivation(ste="smooth")
+    assert "clipped" in str(caught.value)
+    assert "approx" in str(caught.value)
