@@ -1,0 +1,220 @@
+"""Train ResNet-20 with float, binary, XNOR or ternary weights on CIFAR-10, or on digits.
+
+Without --data it trains on the handwritten digits that come with scikit-learn:
+
+    python cifar_resnet20.py --net xnor --optimizer dfw
+    python cifar_resnet20.py --table
+
+CIFAR-10 is downloaded once, and from then on it is --data data:
+
+    python cifar_resnet20.py --net xnor --optimizer dfw --download --data data
+"""
+
+import argparse
+import contextlib
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from resnet20.errors import UserError
+
+if TYPE_CHECKING:
+    from resnet20.data import Data
+    from resnet20.settings import Settings
+
+_INTERRUPTED = 130
+_BAD_INPUT = 2
+# Of a single run, and of a table.
+_SIGNS_OF_A_RUN = ("checkpoint.pt", "table.json")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(_BAD_INPUT, f"error: {message}; --help lists the options\n")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    convert.__name__ = "whole number"
+    return convert
+
+
+def _real(above: float, below: float, including: bool = False) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        value = float(text)
+        if not (above < value < below or (including and value == above)):
+            bounds = f"{'at least' if including else 'above'} {above:g} and below {below:g}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+        return value
+
+    convert.__name__ = "number"
+    return convert
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. What is not given stays out of the result, so that we know what was."""
+    out = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add = out.add_argument_group("what to train").add_argument
+    add("--net", choices=("float", "binary", "xnor", "ternary"), help="default: xnor")
+    add("--shortcut", choices=("resnet", "bireal"), help="around two convolutions, or around each")
+    add("--optimizer", choices=("dfw", "adam", "sgd"), help="default: dfw")
+    add("--loss", choices=("svm", "ce"), help="default: svm for dfw, ce for adam and sgd")
+    add(
+        "--smooth",
+        action=argparse.BooleanOptionalAction,
+        help="smooth the svm loss (default: for dfw)",
+    )
+    add("--lr", type=_real(0, math.inf), help="default: 0.1; adam 0.001")
+    add("--momentum", type=_real(0, 1, True), help="default: 0.9; adam's first beta")
+    add(
+        "--weight-decay",
+        type=_real(0, math.inf, True),
+        help="of float weights (default: 1e-4 in the float net with dfw or sgd, else 0)",
+    )
+    add("--epochs", type=_whole(1), help="default: 20")
+    add("--batch-size", type=_whole(1), help="default: 128; digits 32")
+    add("--schedule", choices=("none", "cosine", "step"), help="of the lr (default: cosine)")
+    add("--seed", type=_whole(0), help="default: 0")
+
+    add = out.add_argument_group("on what").add_argument
+    add("--data", metavar="DIR", help="CIFAR-10's binary version (default: digits)")
+    add("--download", action="store_true", help="fetch CIFAR-10 to --data (default: data) first")
+    add("--limit", type=_whole(1), metavar="N", help="train on the first N images only")
+    add(
+        "--validate",
+        action="store_true",
+        help="judge on the last tenth of the training images, not trained on, for tuning",
+    )
+
+    add = out.add_argument_group("how").add_argument
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--threads", type=_whole(1), help="on the cpu (default: torch's)")
+    add("--amp", choices=("bf16", "off"), help="default: bf16 where the hardware has it")
+    add("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
+
+    add = out.add_argument_group("jobs and results").add_argument
+    add("--out", metavar="DIR", help="default: runs/NET-OPTIMIZER or runs/table")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--table", action="store_true", help="train the poster's five rows under one budget")
+    add("--bench", type=_whole(1), metavar="STEPS", help="only measure the time of a step")
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    given = vars(parser().parse_args(arguments))
+    job = {name: given.pop(name, None) for name in ("out", "resume", "table", "bench", "download")}
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no γ shows a question mark
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    out = Path(job["out"] or _default_out(given, bool(job["table"])))
+    try:
+        _run(given, job, out)
+    except ModuleNotFoundError as error:
+        return _fail(
+            f"the Python package {error.name} is missing; in a copy of the repository run: "
+            f"{shlex.quote(sys.executable)} -m pip install -e '.[examples]'"
+        )
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print(_after_interrupt(job, out), file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _run(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
+    from resnet20 import checkpoint, table
+    from resnet20.bench import bench
+    from resnet20.settings import Settings
+    from resnet20.training import train
+
+    resume = bool(job["resume"])
+    if not job["bench"]:
+        _check_out(out, resume, bool(job["table"]))
+    if job["download"]:
+        given["data"] = str(_download(Path(given.get("data", "data"))))
+    if job["bench"]:
+        settings = Settings.choose({"net": "float"} | given)
+        print(bench(settings, _load(settings), job["bench"]))
+    elif job["table"]:
+        table.run_table(given, _load, out, resume)
+    else:
+        if resume:
+            settings = Settings.of_checkpoint(checkpoint.load(out)["settings"]).moved(given)
+        else:
+            settings = Settings.choose(given)
+        train(settings, _load(settings), out, resume)
+
+
+def _check_out(out: Path, resume: bool, is_table: bool) -> None:
+    """Nothing that a run has left behind is overwritten, and a table is not taken for a run."""
+    run, table = ((out / name).exists() for name in _SIGNS_OF_A_RUN)
+    if (run or table) and not resume:
+        raise UserError(f"{out} already holds a run; add --resume or choose another --out")
+    if table and not is_table:
+        raise UserError(f"{out} holds a table; add --table or choose another --out")
+    if run and is_table:
+        raise UserError(f"{out} holds one run, not a table; choose another --out")
+
+
+def _load(settings: "Settings") -> "Data":
+    from resnet20.data import load
+
+    if settings.data is None:
+        print(
+            "No --data, so this trains on scikit-learn's handwritten digits, enlarged to 32x32; "
+            "for CIFAR-10 add: --download --data data",
+            flush=True,
+        )
+    directory = None if settings.data is None else Path(settings.data)
+    return load(directory, settings.limit, settings.validate)
+
+
+def _download(directory: Path) -> Path:
+    from resnet20 import download
+    from resnet20.progress import DownloadBar
+
+    print(f"CIFAR-10 from {download.CIFAR10.url} to {directory}", flush=True)
+    bar = DownloadBar(download.CIFAR10.name)
+    try:
+        download.fetch(download.CIFAR10, directory, bar)
+    finally:
+        bar.close()
+    return directory
+
+
+def _default_out(given: dict[str, Any], is_table: bool) -> str:
+    name = f"{given.get('net', 'xnor')}-{given.get('optimizer', 'dfw')}"
+    return f"runs/{'table' if is_table else name}"
+
+
+def _after_interrupt(job: dict[str, Any], out: Path) -> str:
+    if job["bench"]:
+        return "Interrupted."
+    if not any((out / name).exists() for name in _SIGNS_OF_A_RUN):
+        return "Interrupted before the training; run the same command again."
+    command = [Path(sys.executable).name, sys.argv[0], "--out", str(out), "--resume"]
+    return f"Interrupted. To go on: {shlex.join(command + ['--table'] * bool(job['table']))}"
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return _BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

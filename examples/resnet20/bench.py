@@ -1,0 +1,87 @@
+"""How long a training step takes, against the bare loop that every step contains."""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import nets
+from .data import Data
+from .settings import Settings
+from .training import Run
+
+_NETS = ("float", "xnor", "ternary")
+_WARM_UP = 5
+
+
+def bench(settings: Settings, data: Data, steps: int) -> str:
+    """Time ``steps`` steps of each net, in turns, and return the medians as Markdown.
+
+    The bare loop is forward, backward and torch's SGD on the float net and a batch that is ready.
+    The others are what an epoch does: crop, flip, loss, metrics, learning rate and ``settings``'
+    optimizer. Taking turns keeps whatever else the machine does from favouring one of them.
+    """
+    jobs = {"bare float loop, SGD": _bare(settings, data)} | {
+        f"{net}, {settings.optimizer}": _epochs(dataclasses.replace(settings, net=net), data)
+        for net in _NETS
+    }
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for i in range(_WARM_UP + steps):
+        for name, job in jobs.items():
+            _synchronize(settings.device)
+            start = time.perf_counter()
+            next(job)
+            _synchronize(settings.device)
+            if i >= _WARM_UP:
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    bare, net, *_ = medians.values()
+    epoch = len(data.train) // settings.batch_size
+    lines = [
+        f"{settings.device}, {settings.precision}, {torch.get_num_threads()} threads, batch "
+        f"{settings.batch_size}, median of {steps} steps, {epoch} steps an epoch",
+        "",
+        "| | ms a step | s an epoch | of the bare loop | of the float net |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {1000 * value:.1f} | {epoch * value:.1f} | {value / bare:.2f} | "
+        f"{value / net:.2f} |"
+        for name, value in medians.items()
+    ]
+    return "\n".join(lines)
+
+
+def _bare(settings: Settings, data: Data) -> Iterator[None]:
+    device = torch.device(settings.device)
+    model = nets.build("float", settings.shortcut, settings.seed).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    shape = (settings.batch_size, 3, 32, 32)
+    images = torch.randn(shape).to(device, memory_format=torch.channels_last)
+    labels = data.train.labels[: settings.batch_size].to(device)
+    forward: Callable[[Tensor], Tensor] = torch.compile(model) if settings.compile else model
+    while True:
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp == "bf16"):
+            scores = forward(images)
+        loss = functional.cross_entropy(scores, labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        yield
+
+
+def _epochs(settings: Settings, data: Data) -> Iterator[None]:
+    run = Run(settings, data)
+    for epoch in itertools.count():
+        for _ in run.steps(epoch):
+            yield
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

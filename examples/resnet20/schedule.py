@@ -1,0 +1,18 @@
+"""The learning rate as a function of the step, so that a resumed run needs no scheduler state."""
+
+import math
+
+SCHEDULES = ("none", "cosine", "step")
+
+
+def learning_rate(schedule: str, base: float, step: int, steps: int) -> float:
+    """The rate at ``step`` of ``steps``.
+
+    ``cosine`` falls from ``base`` to 0 over the run; ``step`` divides by ten after one half and
+    again after three quarters of it.
+    """
+    if schedule == "cosine":
+        return base * 0.5 * (1 + math.cos(math.pi * step / steps))
+    if schedule == "step":
+        return base * 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
+    return base

@@ -1,0 +1,154 @@
+"""What a run is: every choice that decides its weights, with defaults that depend on each other."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+
+# What may differ when a run is resumed: where it happens, not what happens.
+_PLACE = frozenset({"data", "device", "threads"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run, all of them plain values."""
+
+    net: str
+    shortcut: str
+    optimizer: str
+    loss: str
+    smooth: bool
+    lr: float
+    momentum: float
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    schedule: str
+    seed: int
+    amp: str
+    compile: bool
+    limit: int | None
+    validate: bool
+    data: str | None
+    device: str
+    threads: int | None
+
+    @classmethod
+    def choose(cls, given: dict[str, Any]) -> "Settings":
+        """Complete what the user gave by defaults."""
+        net = given.get("net", "xnor")
+        optimizer = given.get("optimizer", "dfw")
+        dfw = optimizer == "dfw"
+        # The hinge loss is what DFW is made for. The baselines have cross-entropy, with which
+        # they do better.
+        loss = given.get("loss", "svm" if dfw else "ce")
+        digits = given.get("data") is None
+        device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = {
+            "net": net,
+            "shortcut": "resnet",
+            "optimizer": optimizer,
+            "loss": loss,
+            "smooth": dfw and loss == "svm",
+            "lr": {"dfw": 0.1, "sgd": 0.1, "adam": 1e-3}[optimizer],
+            "momentum": 0.9,
+            "weight_decay": 1e-4 if net == "float" and optimizer != "adam" else 0.0,
+            "epochs": 20,
+            "batch_size": 32 if digits else 128,
+            "schedule": "cosine",
+            "seed": 0,
+            "amp": None,
+            "compile": False,
+            "limit": None,
+            "validate": False,
+            "data": None,
+            "threads": None,
+        } | given
+        if chosen["smooth"] and chosen["loss"] != "svm":
+            raise UserError("--smooth is for the svm loss; add --loss svm")
+        chosen["device"] = _check_device(device)
+        chosen["amp"] = chosen["amp"] or _faster_precision(torch.device(device))
+        if chosen["data"] is not None:
+            chosen["data"] = str(Path(chosen["data"]).resolve())
+        return cls(**chosen)
+
+    @classmethod
+    def of_checkpoint(cls, stored: dict[str, Any]) -> "Settings":
+        """The settings that `to_dict` gave."""
+        try:
+            return cls(**stored)
+        except TypeError as error:
+            raise UserError(
+                "the checkpoint is from another version of this example; choose another --out"
+            ) from error
+
+    def moved(self, given: dict[str, Any]) -> "Settings":
+        """The settings of a run that is resumed with ``given`` on its command line."""
+        differing = [
+            name
+            for name, value in given.items()
+            if name not in _PLACE and value != getattr(self, name)
+        ]
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"the run to resume has {option(name)} {getattr(self, name)}, "
+                f"not {given[name]}; leave the option out or choose another --out"
+            )
+        place = {name: value for name, value in given.items() if name in _PLACE}
+        if place.get("data") is not None:
+            place["data"] = str(Path(place["data"]).resolve())
+        moved = dataclasses.replace(self, **place)
+        _check_device(moved.device)
+        return moved
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint."""
+        return dataclasses.asdict(self)
+
+    @property
+    def loss_name(self) -> str:
+        """The loss, in words."""
+        if self.loss == "ce":
+            return "cross-entropy"
+        return "smoothed SVM" if self.smooth else "SVM"
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in."""
+        return "bfloat16" if self.amp == "bf16" else "float32"
+
+
+def option(name: str) -> str:
+    """How the setting ``name`` is spelt on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _check_device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
+            "--device cpu always can"
+        ) from error
+    return name
+
+
+def _faster_precision(device: torch.device) -> str:
+    """bfloat16 where the hardware computes with it, as it is then about 1.5 times as fast.
+
+    Elsewhere it would be emulated, and slower than float32.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    if device.type == "cpu":
+        # torch has no public question for this yet.
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            if getattr(torch.cpu, name, lambda: False)():
+                return "bf16"
+    return "off"

@@ -1,0 +1,201 @@
+"""One run: the loop, what it measures, and how it is stopped and resumed."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, files, nets, report
+from .augment import Augmenter
+from .data import Data
+from .errors import UserError
+from .meter import Meter
+from .optimizers import FrankWolfe, attach, criterion
+from .progress import EpochBar
+from .schedule import learning_rate
+from .settings import Settings
+from .straight_through import layers
+from .watch import WeightWatch
+
+_EVALUATION_BATCH = 500
+
+
+class Run:
+    """A network in training, its optimizer, and the history of both."""
+
+    def __init__(self, settings: Settings, data: Data) -> None:
+        if settings.batch_size > len(data.train):
+            raise UserError(
+                f"--batch-size {settings.batch_size} is more than the {len(data.train)} training "
+                "images; make it smaller"
+            )
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        torch.backends.cudnn.deterministic = True
+        self.settings = settings
+        self.data = data
+        self.device = torch.device(settings.device)
+        self.augmenter = Augmenter(data, self.device)
+        self._held_out_images = data.held_out.images.to(self.device)
+        self._held_out_labels = data.held_out.labels.to(self.device)
+        model = nets.build(settings.net, settings.shortcut, settings.seed)
+        self.model = model.to(self.device)
+        self.optimizer = attach(self.model, settings)
+        self._layers = layers(self.model)
+        self.criterion = criterion(settings)
+        self.forward: Callable[[Tensor], Tensor] = self.model
+        if settings.compile:
+            self.forward = torch.compile(self.model)
+        self.watch = WeightWatch(self.model, self.optimizer)
+        self.history: list[report.Row] = []
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return len(self.history)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.data.train) // self.settings.batch_size
+
+    def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on one batch; return the loss and the number of correct answers."""
+        scores = self._scores(images)
+        loss = self.criterion(scores, labels)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if isinstance(self.optimizer, FrankWolfe):
+            self.optimizer.step(loss=loss)
+        else:
+            self.optimizer.step()
+            for layer in self._layers:
+                layer.clip()
+        return loss.detach(), (scores.detach().argmax(1) == labels).sum()
+
+    def steps(self, epoch: int) -> Iterator[Meter]:
+        """Train for the epoch with this number (from 0); after each step yield its meter so far."""
+        settings, count = self.settings, self.steps_per_epoch
+        meter = Meter(self.device)
+        self.model.train()
+        batches = self.augmenter.epoch(settings.seed, epoch, settings.batch_size)
+        for i, (images, labels) in enumerate(batches, epoch * count):
+            lr = learning_rate(settings.schedule, settings.lr, i, settings.epochs * count)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            loss, correct = self.train_step(images, labels)
+            meter.add(loss, correct, len(labels), getattr(self.optimizer, "gamma", None))
+            yield meter
+
+    def train_epoch(self) -> report.Row:
+        """Train for one epoch, evaluate, and add a row to the history."""
+        skipped_before = self._skipped()
+        start = time.perf_counter()
+        title = f"epoch {self.epoch + 1}/{self.settings.epochs}"
+        with EpochBar(title, self.steps_per_epoch) as bar:
+            for meter in self.steps(self.epoch):
+                bar.advance(meter)
+        train_loss, train_accuracy, gamma = meter.read()
+        seconds = time.perf_counter() - start
+        held_out_loss, held_out_accuracy = self.evaluate()
+        row = {
+            "epoch": self.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "held_out_loss": held_out_loss,
+            "held_out_accuracy": held_out_accuracy,
+            "gamma_mean": gamma,
+            "at_bound": self.watch.at_bound(),
+            "flip_rate": self.watch.flip_rate(),
+            "seconds": seconds,
+            "skipped_steps": self._skipped() - skipped_before,
+        }
+        self.history.append(row)
+        return row
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Loss and accuracy on the held-out images."""
+        self.model.eval()
+        meter = Meter(self.device)
+        for first in range(0, len(self._held_out_labels), _EVALUATION_BATCH):
+            batch = slice(first, first + _EVALUATION_BATCH)
+            labels = self._held_out_labels[batch]
+            scores = self._scores(self.augmenter.normalise(self._held_out_images[batch]))
+            correct = (scores.argmax(1) == labels).sum()
+            meter.add(self.criterion(scores, labels), correct, len(labels))
+        loss, accuracy, _ = meter.read()
+        return loss, accuracy
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides how the run goes on."""
+        return {
+            "settings": self.settings.to_dict(),
+            "data": self.data.digest,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where `state_dict` was called."""
+        if state["data"] != self.data.digest:
+            raise UserError(
+                "the run to resume was on other images; give the --data that it began with"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = list(state["history"])
+        self.watch = WeightWatch(self.model, self.optimizer)
+
+    def _scores(self, images: Tensor) -> Tensor:
+        amp = self.settings.amp == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
+            return self.forward(images)
+
+    def _skipped(self) -> float:
+        if not isinstance(self.optimizer, FrankWolfe):
+            return math.nan
+        skipped = self.optimizer.skipped_steps
+        return 0 if skipped is None else int(skipped)
+
+
+def train(settings: Settings, data: Data, out: Path, resume: bool) -> Run:
+    """Train to the end, leaving a checkpoint, the metrics and the curves in ``out``."""
+    run = Run(settings, data)
+    if resume:
+        run.load_state_dict(checkpoint.load(out, settings.device))
+    else:
+        files.make_directory(out)
+        checkpoint.save(out, run.state_dict())
+    print(describe(run), flush=True)
+    while run.epoch < settings.epochs:
+        row = run.train_epoch()
+        checkpoint.save(out, run.state_dict())
+        report.write_metrics(out, run.history, data.held_out_name)
+        print(report.epoch_line(row, settings.epochs, data.held_out_name), flush=True)
+    metrics = report.write_metrics(out, run.history, data.held_out_name)
+    title = f"{settings.net} ResNet-20, {settings.optimizer}, {data.name}"
+    curves = report.write_curves(out, run.history, title, data.held_out_name)
+    accuracy = run.history[-1]["held_out_accuracy"]
+    print(f"{data.held_out_name} accuracy {100 * accuracy:.2f} % after {run.epoch} epochs")
+    print(f"metrics {metrics}, curves {curves}, checkpoint {out / checkpoint.NAME}", flush=True)
+    return run
+
+
+def describe(run: Run) -> str:
+    """What is about to be trained, in one line."""
+    settings = run.settings
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    done = f"; {run.epoch} of {settings.epochs} epochs done" if run.epoch else ""
+    return (
+        f"{settings.net} ResNet-20 ({parameters:,} parameters, {settings.shortcut} shortcuts), "
+        f"{settings.optimizer}, lr {settings.lr:g}, {settings.loss_name} loss; {run.data.name}, "
+        f"{len(run.data.train):,} training and {len(run.data.held_out):,} "
+        f"{run.data.held_out_name} images; {settings.device}, "
+        f"{settings.precision}{done}"
+    )
