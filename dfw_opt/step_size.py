@@ -122,15 +122,16 @@ def maximize(
 ) -> Tensor:
     r"""Where on :math:`[0, 1]` a concave, piecewise quadratic :math:`\varphi` is largest.
 
-    Newton's method on :math:`\varphi'` from the left end of a bracket :math:`[a, b]` with
+    Newton's method on :math:`\varphi'`, inside a bracket :math:`[a, b]` with
     :math:`\varphi'(a) > 0 > \varphi'(b)`. Where every weight starts inside its box
-    :math:`\varphi'` is convex, no step overshoots, and the root is reached exactly once its
-    linear piece is; elsewhere the secant follows an overshoot. The area
-    :math:`\varphi'(a)\,(b - a)` bounds :math:`\max\varphi - \varphi(a)`; whenever a Newton step
-    does not halve it, the next evaluation bisects, which does. So after :math:`K` evaluations
+    :math:`\varphi'` is convex, no step from :math:`a` overshoots, and the root is reached exactly
+    once its linear piece is; elsewhere the secant takes part. The area
+    :math:`\varphi'(a)\,(b - a)` bounds :math:`\max\varphi - \varphi(a)`; whenever a step does not
+    halve it, the next evaluation bisects, which does. So after :math:`K` evaluations
     :math:`\varphi(a)` is within :math:`2^{-\lfloor (K-2)/2 \rfloor}\,\varphi'(0)` of the maximum,
-    whatever the weights; on real gradients a handful is enough. The result is the next point that
-    the method would try.
+    whatever the weights; on real gradients a handful is enough. The result is the lesser of the
+    Newton point of :math:`a` and the secant's, neither of which passes the root where
+    :math:`\varphi'` is convex or concave between them.
 
     Args:
         slope: maps :math:`\gamma` (0-dim) to :math:`\varphi'(\gamma)` and its right derivative,
@@ -148,7 +149,7 @@ def maximize(
     evaluations = max_evaluations if early else min(max_evaluations, FIXED_EVALUATIONS)
     tolerance = 16 * torch.finfo(like.dtype).eps
 
-    slope_b, _ = slope(one)
+    slope_b, bend_b = slope(one)
     if early and slope_b >= 0:
         return one
     slope_a, bend_a = slope(zero)
@@ -156,32 +157,32 @@ def maximize(
         return zero
     never, always = slope_a <= 0, slope_b >= 0
 
-    def next_point() -> Tensor:
-        newton = a - slope_a / bend_a
-        secant = a + (b - a) * slope_a / (slope_a - slope_b)
-        return torch.where(left & (bend_a < 0), newton, secant)
-
     a, b, gamma = zero, one, zero
-    left = torch.ones_like(never)  # whether gamma is a, rather than b
     bisect = torch.zeros_like(never)
     for _ in range(evaluations - 2):
-        point = next_point()
-        if early and (point - gamma).abs() <= tolerance * point:
+        newton_a, secant = a - slope_a / bend_a, a + (b - a) * slope_a / (slope_a - slope_b)
+        newton_b = b - slope_b / bend_b
+        # Where the slope is convex the root lies in [newton_a, secant], where it is concave in
+        # [secant, newton_b]: Newton's method from the outer end does not overshoot.
+        # On a straight line all three agree but for rounding, and newton_a has the least.
+        concave = (newton_a > secant * (1 + tolerance)) & (newton_b > secant)
+        point = torch.where(concave, newton_b, torch.minimum(newton_a, secant))
+        inside = (a < point) & (point < b)
+        if early and point <= b and (point - gamma).abs() <= tolerance * point:
             return point
-        bisect = bisect | ~((a < point) & (point < b))
-        gamma = torch.where(bisect, (a + b) / 2, point)
+        gamma = torch.where(bisect | ~inside, (a + b) / 2, point)
         slope_gamma, bend_gamma = slope(gamma)
 
-        area = slope_a * (b - a)
-        left = slope_gamma > 0
+        area, left = slope_a * (b - a), slope_gamma > 0
         a, b = torch.where(left, gamma, a), torch.where(left, b, gamma)
-        slope_a, slope_b = (
-            torch.where(left, slope_gamma, slope_a),
-            torch.where(left, slope_b, slope_gamma),
-        )
+        slope_a = torch.where(left, slope_gamma, slope_a)
+        slope_b = torch.where(left, slope_b, slope_gamma)
         bend_a = torch.where(left, bend_gamma, bend_a)
+        bend_b = torch.where(left, bend_b, bend_gamma)
         bisect = slope_a * (b - a) > area / 2
-    return torch.where(always, one, torch.where(never, zero, next_point().clamp(a, b)))
+    secant = a + (b - a) * slope_a / (slope_a - slope_b)
+    gamma = torch.minimum(a - slope_a / bend_a, secant).clamp(a, b)
+    return torch.where(always, one, torch.where(never, zero, gamma))
 
 
 def readable(tensor: Tensor) -> bool:
