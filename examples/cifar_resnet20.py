@@ -77,7 +77,11 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="smooth the svm loss (default: for dfw)",
     )
-    add("--lr", type=_real(0, math.inf), help="default: 0.1; adam 0.001")
+    add(
+        "--lr",
+        type=_real(0, math.inf),
+        help="default: 0.1, xnor with dfw 0.3; adam 0.005, float 0.001",
+    )
     add("--momentum", type=_real(0, 1, True), help="default: 0.9; adam's first beta")
     add(
         "--weight-decay",
@@ -130,6 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except UserError as error:
         return _fail(str(error))
+    except OSError as error:  # what no part of the example has more to say about
+        return _fail(f"{error}; check that path")
     except KeyboardInterrupt:
         print(_after_interrupt(job, out), file=sys.stderr)
         return _INTERRUPTED
@@ -147,6 +153,8 @@ def _run(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
         _check_out(out, resume, bool(job["table"]))
     if job["download"]:
         given["data"] = str(_download(Path(given.get("data", "data"))))
+    if "data" in given:  # a run may be resumed from another directory
+        given["data"] = str(Path(given["data"]).resolve())
     if job["bench"]:
         settings = Settings.choose({"net": "float"} | given)
         print(bench(settings, _load(settings), job["bench"]))

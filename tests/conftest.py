@@ -1,4 +1,4 @@
-"""Settings for the whole run: one thread (tensors here are tiny) and quiet, repeatable Hypothesis."""
+"""Settings for the whole run: one thread (the tensors are tiny) and repeatable Hypothesis."""
 
 from __future__ import annotations
 
@@ -14,4 +14,6 @@ settings.register_profile(
 )
 # In continuous integration a failure must mean the change, not the draw.
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True)
+# For a search by hand: pytest --hypothesis-profile=thorough
+settings.register_profile("thorough", parent=settings.get_profile("local"), max_examples=5000)
 settings.load_profile("ci" if os.environ.get("CI") else "local")

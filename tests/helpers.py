@@ -21,7 +21,7 @@ FLOAT_GROUP: dict[str, Any] = {"quantizer": None, "radius": None}
 
 @dataclass(frozen=True)
 class Kind:
-    """An optimizer with settings; quantized kinds put parameters below two dimensions in a float group."""
+    """An optimizer with settings; if it quantizes, vectors go into a float group."""
 
     name: str
     optimizer: Callable[..., Any]
@@ -101,7 +101,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def fingerprint(value: Any) -> Any:
-    """Something that compares equal only if all tensors inside have the same type, shape and bits."""
+    """Compares equal only if all tensors inside have the same type, shape and bits."""
     if isinstance(value, Tensor):
         return (str(value.dtype), tuple(value.shape), raw(value))
     if isinstance(value, dict):
@@ -148,7 +148,7 @@ def assert_consistent(optimizer: Optimizer) -> None:
             radius = group.get("radius")
             if group.get("quantizer") is None:
                 if radius is not None:
-                    # The cast of the radius to the parameter's type is as near as the box can be held.
+                    # Rounded to the parameter's type: no number is nearer to the bound.
                     assert (p.detach().abs() <= torch.tensor(radius, dtype=p.dtype)).all()
                 continue
             if radius is not None:

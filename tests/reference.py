@@ -1,12 +1,13 @@
 """The formulas of the optimizers, transcribed literally, for the tests to compare with.
 
-Plain Python numbers and float64 numpy, one formula a line, loops where the mathematics has sums. Nothing is
-shared with the package. The search for γ works on any exact number type as well: the step-size tests run it
-on fractions, where sorting the breakpoints gives γ without rounding.
+Plain Python numbers and float64 numpy, one formula a line, loops where the mathematics has sums.
+Nothing is shared with the package. The search for γ works on any exact number type as well: the
+step-size tests run it on fractions, where sorting the breakpoints gives γ without rounding.
 
-Notation: η = lr, λ = weight decay, ε = eps, μ = momentum, ℓ = loss. A step moves variables v: float parameters,
-normalised latent weights u, ternary scales W_p and W_n. Each is measured in a metric M, the squared change
-that a unit step makes in the forward weights; d = M⁻¹δ is its gradient δ in that metric.
+Notation: η = lr, λ = weight decay, ε = eps, μ = momentum, ℓ = loss. A step moves variables v: float
+parameters, normalised latent weights u, ternary scales W_p and W_n. Each is measured in a metric M,
+the squared change that a unit step makes in the forward weights; d = M⁻¹δ is its gradient δ in that
+metric.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ Number = Any  # a float or a Fraction: the search below is the same for both
 SCALE_MIN = 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The search for γ
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Element:
         if speed == 0:
             return []
         start = self.value - self.lr * self.weight_decay * self.value
-        return [(bound - start) / speed for bound in (self.lower, self.upper) if not math.isinf(bound)]
+        return [
+            (bound - start) / speed for bound in (self.lower, self.upper) if not math.isinf(bound)
+        ]
 
 
 def total(terms: Iterable[Number]) -> Number:
@@ -80,7 +83,7 @@ def closed_form_gamma(loss: Number, eps: Number, elements: Sequence[Element]) ->
 
 
 def exact_gamma(loss: Number, eps: Number, elements: Sequence[Element]) -> Number:
-    """The root of φ' on [0, 1], by sorting the points where φ' bends; an end point if there is none."""
+    """The root of φ' on [0, 1], found by sorting the points where φ' bends; else an end point."""
     inside = {point for e in elements for point in e.breakpoints() if 0 < point < 1}
     points = [0, *sorted(inside), 1]
     if dual_slope(loss, eps, elements, 1) >= 0:
@@ -118,9 +121,9 @@ def dual(loss: Number, elements: Sequence[Element], gamma: Number) -> Number:
     return proximal + decay + gamma * linear
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whole optimizers
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -180,7 +183,7 @@ class Move:
         ]
 
     def apply(self, gamma: float) -> None:
-        """z ← μz − ηγ(d + λv);  v ← Π(v − η(λv + γd) + μz)."""
+        """Move: z ← μz − ηγ(d + λv);  v ← Π(v − η(λv + γd) + μz)."""
         lr, mu, decay = self.settings.lr, self.settings.momentum, self.weight_decay()
         v, d, z = self.variable.value, self.gradient, self.variable.momentum
         z = mu * z - lr * gamma * (d + decay * v)
@@ -206,7 +209,7 @@ class FloatParameter:
 
 
 def normalise(weights: Array, settings: Settings) -> tuple[float, Variable]:
-    """u = w / c with c = max|w|, in [−R, R]."""
+    """Latents u = w / c with c = max|w|, in [−R, R]."""
     radius = math.inf if settings.radius is None else settings.radius
     weights = np.array(weights, dtype=np.float64)
     unit = float(np.abs(weights).max())
@@ -215,7 +218,7 @@ def normalise(weights: Array, settings: Settings) -> tuple[float, Variable]:
 
 
 def sign(values: Array) -> Array:
-    """sign(0) = +1."""
+    """The sign, +1 for 0."""
     return np.where(values >= 0, 1.0, -1.0)
 
 

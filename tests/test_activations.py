@@ -65,7 +65,7 @@ def test_is_a_module_without_state() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="ste.*'smooth'") as caught:
+    with pytest.raises(ValueError, match=r"ste.*'smooth'") as caught:
         SignActivation(ste="smooth")
     assert "clipped" in str(caught.value)
     assert "approx" in str(caught.value)

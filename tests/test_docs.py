@@ -2,11 +2,14 @@
 
 import doctest
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+from dfw_opt.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -60,6 +63,16 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
         exec(code, namespace)
 
 
+@pytest.fixture
+def own_quantizers() -> Iterator[None]:
+    """Takes away what a page added to the registry."""
+    before = dict(QUANTIZERS)
+    yield
+    QUANTIZERS.clear()
+    QUANTIZERS.update(before)
+
+
+@pytest.mark.usefixtures("own_quantizers")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_block_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -115,20 +115,25 @@ def original(augmenter: Augmenter, images: Tensor) -> Tensor:
 def test_every_crop_is_one_of_the_padded_image(flips: bool) -> None:
     numbers = numbered(60, flips)
     augmenter = Augmenter(numbers, CPU)
-    seen, flipped, shifts = set(), 0, set()
+    seen: set[int] = set()
+    shifts: set[tuple[int, int]] = set()
+    flips_of_batches: list[list[bool]] = []
     for images, labels in augmenter.epoch(seed=1, epoch=0, batch_size=16):
         assert images.shape == (16, 3, 32, 32)
         assert images.dtype == torch.float32
         assert images.is_contiguous(memory_format=torch.channels_last)
+        flips_of_batches.append([])
         for crop, label in zip(original(augmenter, images), labels, strict=True):
             index = int(crop[16, 16, 2]) - 1
             seen.add(index)
             assert label == index % 10
             row, column, mirrored = _find(numbers.train.images[index], crop)
-            flipped += mirrored
+            flips_of_batches[-1].append(mirrored)
             shifts.add((row, column))
     assert len(seen) == 48  # three batches of 16 different images; the 12 left over wait
+    flipped = sum(sum(batch) for batch in flips_of_batches)
     assert (10 < flipped < 38) if flips else flipped == 0
+    assert (flips_of_batches[0] != flips_of_batches[1]) == flips
     assert len(shifts) > 25
     assert {row for row, _ in shifts} == {*range(2 * PAD + 1)}
 

@@ -244,13 +244,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 
 def test_settings_defaults() -> None:
     dfw, adam = Settings.choose({}), Settings.choose({"optimizer": "adam"})
-    assert (dfw.net, dfw.optimizer, dfw.loss, dfw.smooth, dfw.lr) == (
-        "xnor",
-        "dfw",
-        "svm",
-        True,
-        0.1,
-    )
+    assert (dfw.net, dfw.optimizer, dfw.loss, dfw.smooth) == ("xnor", "dfw", "svm", True)
     assert (adam.loss, adam.smooth) == ("ce", False)
     assert Settings.choose({"optimizer": "sgd", "loss": "svm"}).smooth is False
     assert Settings.choose({"net": "float", "optimizer": "sgd"}).weight_decay == 1e-4

@@ -142,9 +142,7 @@ def test_subclasses_count() -> None:
     assert names(model, param_groups(model))[0] == {"1.weight"}
 
 
-@pytest.mark.parametrize(
-    "skip", [["nothing"], "layer1", ["0", "7", "8"], ["2.bais"], ["0", "0.w"]]
-)
+@pytest.mark.parametrize("skip", [["nothing"], "layer1", ["0", "7", "8"], ["2.bais"], ["0", "0.w"]])
 def test_name_that_matches_nothing(skip: Any) -> None:
     wrong = skip if isinstance(skip, str) else skip[-1]
     with pytest.raises(ValueError, match=wrong.replace(".", r"\.")):
@@ -192,8 +190,7 @@ def test_tied_with_a_skipped_layer_stays_float() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     groups = param_groups(model)
-    chosen = [p for p in groups[0]["params"]]
-    assert [id(p) for p in chosen] == [id(model[2].weight)]
+    assert [id(p) for p in groups[0]["params"]] == [id(model[2].weight)]
 
 
 def test_shared_module_appears_once() -> None:
@@ -203,13 +200,21 @@ def test_shared_module_appears_once() -> None:
     assert [id(p) for p in groups[0]["params"]] == [id(shared.weight)]
 
 
-def test_choice_is_logged(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_other_parameters() -> None:
+    """Then there is no float group."""
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(2)))
+    groups = param_groups(model, skip=[])
+    assert [group["name"] for group in groups] == ["quantized"]
+    ProjectedDFW(groups)
+
+
+def test_choice_is_logged(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     """At INFO, on the package's logger; nothing is printed."""
     with caplog.at_level(logging.INFO, logger="dfw_opt"):
         param_groups(small_net())
-    text = "\n".join(
-        r.getMessage() for r in caplog.records if r.name.split(".")[0] == "dfw_opt"
-    )
+    text = "\n".join(r.getMessage() for r in caplog.records if r.name.split(".")[0] == "dfw_opt")
     assert all(record.levelno == logging.INFO for record in caplog.records)
     for name in ("2.weight", "4.weight", "6.weight"):
         assert name in text or name.removesuffix(".weight") in text

@@ -52,7 +52,7 @@ def gradients(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_steps_keep_the_promises(kind: Kind, foreach: bool, data: st.DataObject) -> None:
-    """Latents in the box, scales positive, parameters exactly the quantized latents, nothing infinite."""
+    """Latents in the box, scales positive, parameters exactly Q of them, nothing infinite."""
     shape = data.draw(st.sampled_from([(1, 1), (1, 3), (4, 1), (3, 4), (2, 2, 3, 3)]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
     scale = data.draw(st.sampled_from([0.0, 1e-3, 0.3]))
@@ -207,10 +207,7 @@ def test_deterministic(kind: Kind) -> None:
 def test_steps_of_latents_do_not_depend_on_the_layers_magnitude(
     optimizer_class: Any, size: float
 ) -> None:
-    """Weights and loss landscape scaled by s (gradients by 1/s, M absorbs it): latents take the same path.
-
-    A step of the forward weights scales with them if the gradient does as well: ηM⁻¹δ with δ ∝ s.
-    """
+    """Latents take the same path if weights and gradients are scaled alike: ηM⁻¹δ with δ ∝ c."""
     latents = []
     for factor in (1.0, size):
         params = make_params(((3, 4),), torch.float64)

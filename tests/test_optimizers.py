@@ -1,4 +1,7 @@
-"""The interface: construction, groups, frozen parameters, closures, losses, schedulers, copies, errors."""
+"""The interface: construction, errors, groups, closures and losses, schedulers, hooks, copies."""
+
+# torch leaves backward() and its hooks untyped.
+# mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
@@ -128,9 +131,7 @@ class TestConstruction:
         ],
     )
     @BOTH_PATHS
-    def test_unusual_weights(
-        self, kind: Kind, weights: list[list[float]], foreach: bool
-    ) -> None:
+    def test_unusual_weights(self, kind: Kind, weights: list[list[float]], foreach: bool) -> None:
         p = Parameter(torch.tensor(weights))
         optimizer = kind.make([p], foreach=foreach)
         assert_consistent(optimizer)
@@ -155,7 +156,7 @@ class TestConstruction:
     @QUANTIZED
     @BOTH_PATHS
     def test_memory_formats(self, kind: Kind, foreach: bool) -> None:
-        """channels_last and transposed parameters take the same path as contiguous ones, and stay so."""
+        """Parameters in channels_last or transposed take the same path, and keep their strides."""
         plain = make_params(((3, 4, 3, 3), (4, 5)), torch.float64)
         other = [
             Parameter(plain[0].detach().clone().to(memory_format=torch.channels_last)),
@@ -186,58 +187,48 @@ class TestConstruction:
 
     @THREE
     def test_named_parameters(self, kind: Kind) -> None:
-        """torch lets a group be made of (name, parameter) pairs."""
+        """A group may be made of (name, parameter) pairs."""
         params = make_params(((3, 4), (2, 5)))
         optimizer = kind.optimizer([("first", params[0]), ("second", params[1])], **kind.settings)
         assert optimizer.param_groups[0]["param_names"] == ["first", "second"]
         train(optimizer, params, 1)
 
 
+BAD_VALUES: dict[str, list[Any]] = {
+    "lr": [-0.1, math.nan, math.inf, 1j, "0.1", None, True, torch.tensor(-0.1)],
+    "momentum": [-0.1, 1.0, math.nan, None, torch.tensor(0.9)],
+    "weight_decay": [-1e-4, math.nan, math.inf, "0"],
+    "eps": [-1e-5, math.nan, math.inf],
+    "foreach": ["yes", 1],
+    "radius": [0.0, -1.0, math.nan, math.inf, "1"],
+    "quantizer": ["quaternary", 2],
+    "step_size": ["newton", None],
+    "threshold": [-0.1, 1.0, math.nan, None],
+}
+OF_DFW = ("lr", "momentum", "weight_decay", "eps", "foreach")
+OF_PROJECTED = (*OF_DFW, "radius", "quantizer", "step_size")
+SETTINGS = (OF_DFW, OF_PROJECTED, (*OF_PROJECTED, "threshold"))
+
+
 class TestErrors:
     """Each names the argument and its value, and nothing has changed."""
 
     @pytest.mark.parametrize(
-        ("name", "value"),
+        ("kind", "name", "value"),
         [
-            ("lr", -0.1),
-            ("lr", math.nan),
-            ("lr", math.inf),
-            ("momentum", -0.1),
-            ("momentum", 1.0),
-            ("momentum", math.nan),
-            ("weight_decay", -1e-4),
-            ("weight_decay", math.nan),
-            ("eps", -1e-5),
-            ("eps", math.nan),
-            ("radius", 0.0),
-            ("radius", -1.0),
-            ("radius", math.nan),
-            ("threshold", -0.1),
-            ("threshold", 1.0),
-            ("threshold", math.nan),
-            ("quantizer", "quaternary"),
-            ("quantizer", 2),
-            ("step_size", "newton"),
-            ("step_size", None),
-            ("lr", 1j),
-            ("lr", "0.1"),
-            ("momentum", None),
-            ("weight_decay", "0"),
+            pytest.param(kind, name, value, id=f"{kind}-{name}={value}")
+            for kind, names in zip(MAIN_KINDS, SETTINGS, strict=True)
+            for name in names
+            for value in BAD_VALUES[name]
         ],
     )
-    @THREE
     def test_bad_settings(self, kind: Kind, name: str, value: Any) -> None:
-        own = {"dfw": (), "binary": ("radius", "quantizer", "step_size")}.get(
-            kind.name, ("radius", "quantizer", "step_size", "threshold")
-        )
-        if name in ("radius", "quantizer", "step_size", "threshold") and name not in own:
-            pytest.skip("not a setting of this optimizer")
         params = make_params(((3, 4), (2, 5)))
         before = clone_params(params)
         wanted = ValueError if isinstance(value, float) else (ValueError, TypeError)
         with pytest.raises(wanted, match=name) as caught:
             kind.make(params, **{name: value})
-        assert str(value) in str(caught.value)
+        assert isinstance(value, Tensor) or str(value) in str(caught.value)
         # The same in the second of two groups.
         with pytest.raises(wanted, match=name):
             kind.optimizer([{"params": params[:1]}, {"params": params[1:], name: value}])
@@ -259,6 +250,44 @@ class TestErrors:
         with pytest.raises(TypeError, match="complex"):
             kind.make(params)
         assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+
+    @THREE
+    def test_whole_number_parameter(self, kind: Kind) -> None:
+        params = [torch.ones(3, 4, dtype=torch.int64)]
+        with pytest.raises(TypeError, match="int64"):
+            kind.make(params)
+
+    @pytest.mark.parametrize("optimizer", [ProjectedDFW, TernaryDFW])
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_weights_that_are_not_finite(self, optimizer: Any, bad: float) -> None:
+        """Latents made of them could never recover."""
+        params = make_params(((3, 4), (2, 5)))
+        with torch.no_grad():
+            params[1][1, 1] = bad
+        before = clone_params(params)
+        with pytest.raises(ValueError, match="NaN or inf"):
+            optimizer(params)
+        assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+
+    @pytest.mark.parametrize(
+        ("kind", "setting"),
+        [
+            (MAIN_KINDS[0], {"quantizer": "binary"}),
+            (MAIN_KINDS[0], {"radius": 1.0}),
+            (MAIN_KINDS[1], {"threshold": 0.1}),
+            (MAIN_KINDS[1], {"quantizer": "ternary"}),
+        ],
+    )
+    def test_setting_of_another_optimizer(self, kind: Kind, setting: dict[str, Any]) -> None:
+        """In a group, where it would be ignored silently."""
+        with pytest.raises(ValueError, match=f"{next(iter(setting))}.*use "):
+            kind.optimizer([{"params": make_params(((3, 4),)), **setting}])
+
+    @THREE
+    def test_group_that_is_no_group(self, kind: Kind) -> None:
+        optimizer = kind.make(make_params(((3, 4),)))
+        with pytest.raises(TypeError, match="dict"):
+            optimizer.add_param_group(make_params(((2, 2),)))
 
     @THREE
     def test_sparse_gradient(self, kind: Kind) -> None:
@@ -321,19 +350,15 @@ class TestErrors:
 
     @THREE
     def test_setting_made_bad_later(self, kind: Kind) -> None:
-        """A scheduler or a hand that writes nonsense into a group: an error, or at least nothing poisoned."""
+        """Nonsense written into a group by hand: the step is skipped, nothing is poisoned."""
         params = make_params()
         optimizer = kind.make(params)
         train(optimizer, params, 1)
         before = everything(optimizer)
         optimizer.param_groups[0]["lr"] = math.nan
         draw_gradients(params, 1)
-        try:
-            optimizer.step(loss=1.0)
-        except ValueError as error:
-            assert "lr" in str(error)
-        else:
-            assert math.isnan(float(optimizer.gamma))
+        optimizer.step(loss=1.0)
+        assert math.isnan(float(optimizer.gamma))
         optimizer.param_groups[0]["lr"] = 0.1
         assert everything(optimizer) == before
 
@@ -342,8 +367,11 @@ class TestGroups:
     @THREE
     def test_add_param_group(self, kind: Kind) -> None:
         """The same as if the group had been there, from then on."""
-        early, late = make_params(((3, 4),), torch.float64), make_params(((2, 5),), torch.float64, 1)
-        settings = {"quantizer": kind.name, "radius": 1.0} if kind.quantized else {}
+        early, late = (
+            make_params(((3, 4),), torch.float64),
+            make_params(((2, 5),), torch.float64, 1),
+        )
+        settings: dict[str, Any] = {"quantizer": kind.name, "radius": 1.0} if kind.quantized else {}
         expected = [reference.make_parameter(to_numpy(early[0]), reference.Settings(**settings))]
         optimizer = kind.make(early)
         params: list[Tensor] = [*early]
@@ -364,7 +392,7 @@ class TestGroups:
     @QUANTIZED
     @BOTH_PATHS
     def test_frozen_and_later_unfrozen(self, kind: Kind, foreach: bool) -> None:
-        """Left as it is until it is unfrozen and has a gradient; then as if it had just been added."""
+        """Left as it is until it is unfrozen and has a gradient; then like one just added."""
         params = make_params(((3, 4), (2, 5)), torch.float64)
         frozen = params[1].requires_grad_(False)
         weights = frozen.detach().clone()
@@ -436,7 +464,7 @@ class TestGroups:
 
     @THREE
     def test_lazy_state(self, kind: Kind) -> None:
-        """Momentum is made when it is needed: at the first gradient, and only if there is momentum."""
+        """Momentum is made at the first gradient, and only if there is to be any."""
         params = make_params(((3, 4), (2, 5), (4,)))
         optimizer = kind.make(params)
         for p in params:
@@ -500,7 +528,7 @@ class TestLowPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @BOTH_PATHS
     def test_latents_follow_float32(self, kind: Kind, dtype: torch.dtype, foreach: bool) -> None:
-        """With the same gradients the latents take the float32 path to the last bit or so: small steps are not lost."""
+        """With the same gradients latents take the float32 path: small steps are not lost."""
         start = make_params(((3, 4), (2, 2, 3, 3)), dtype)
         wide = [Parameter(p.detach().float()) for p in start]
         narrow = kind.make(start, lr=1e-3, foreach=foreach)
@@ -639,7 +667,8 @@ class TestStepArguments:
     def test_gamma(self, kind: Kind) -> None:
         params = make_params()
         optimizer = kind.make(params)
-        assert optimizer.gamma is None
+        before = optimizer.gamma
+        assert before is None
         draw_gradients(params, 0)
         optimizer.step(loss=torch.tensor(0.05, requires_grad=True))
         gamma = optimizer.gamma
@@ -795,7 +824,8 @@ def test_schedulers(kind: Kind, foreach: bool, name: str) -> None:
     settings = [
         reference.Settings(
             weight_decay=0.1,
-            **({"quantizer": kind.name, "radius": 1.0} if kind.quantized else {}),
+            quantizer=kind.name if kind.quantized else None,
+            radius=1.0 if kind.quantized else None,
         )
         for _ in params
     ]
@@ -943,7 +973,7 @@ class TestCopies:
         plain.load_state_dict(torch.load(file, weights_only=True))
         assert torch.equal(plain(x), model(x))
         assert torch.equal(copy.deepcopy(model)(x), model(x))
-        weight = plain[0].weight.detach()
+        weight = plain.state_dict()["0.weight"]
         for channel in weight:
             assert len(set(channel.tolist())) <= 3
 
@@ -951,7 +981,7 @@ class TestCopies:
 class TestTooling:
     @THREE
     def test_grad_scaler(self, kind: Kind) -> None:
-        """Unscaled gradients with the unscaled loss; a step with infinite gradients is not taken."""
+        """Gradients are unscaled before the step, which gets the unscaled loss."""
         outcomes = []
         for scaled in (False, True):
             params = make_params(((3, 4), (2, 5)))
@@ -982,7 +1012,7 @@ class TestTooling:
 
     @THREE
     def test_profiler_names_the_step(self, kind: Kind) -> None:
-        """step goes through torch's own wrapper, whatever it is called in a profile."""
+        """It goes through torch's own wrapper."""
         params = make_params(((2, 3),))
         optimizer = kind.make(params)
         draw_gradients(params, 0)

@@ -167,8 +167,9 @@ def problems(draw: st.DrawFn, bounded: bool = True, eps: float | None = None) ->
     return Problem(loss, draw(st.sampled_from([0.0, 1e-5])) if eps is None else eps, tensors)
 
 
-def scalars(*values: float) -> list[Tensor]:
-    return [torch.tensor(value, dtype=torch.float64) for value in values]
+def closed_form(loss: float, decay: float, curvature: float, eps: float) -> Tensor:
+    numbers = torch.tensor([loss, decay, curvature], dtype=torch.float64)
+    return step_size.closed_form(numbers[0], numbers[1], numbers[2], eps)
 
 
 class TestClosedForm:
@@ -178,7 +179,7 @@ class TestClosedForm:
         elements = problem.elements()
         decay = sum(e.lr * e.metric * e.gradient * e.weight_decay * e.value for e in elements)
         curvature = sum(e.lr * e.metric * e.gradient**2 for e in elements)
-        gamma = float(step_size.closed_form(*scalars(problem.loss, decay, curvature), problem.eps))
+        gamma = float(closed_form(problem.loss, decay, curvature, problem.eps))
         assert 0.0 <= gamma <= 1.0
 
         exact = problem.fractions()
@@ -213,7 +214,7 @@ class TestClosedForm:
     def test_values(
         self, loss: float, decay: float, curvature: float, eps: float, expected: float
     ) -> None:
-        gamma = step_size.closed_form(*scalars(loss, decay, curvature), eps)
+        gamma = closed_form(loss, decay, curvature, eps)
         assert gamma.dim() == 0
         assert float(gamma) == pytest.approx(expected, abs=1e-15)
 
@@ -221,7 +222,7 @@ class TestClosedForm:
         """Without decay ηγ = min(η, ℓ/‖δ‖²)."""
         lr, square = 0.1, 7.0
         for loss in (0.1, 0.5, 2.0):
-            gamma = step_size.closed_form(*scalars(loss, 0.0, lr * square), 0.0)
+            gamma = closed_form(loss, 0.0, lr * square, 0.0)
             assert lr * float(gamma) == pytest.approx(min(lr, loss / square))
 
 
@@ -232,7 +233,9 @@ class TestBoxSlope:
         problem.loss = problem.eps = 0.0
         elements, at = problem.fractions(), Fraction(gamma)
         first, second = problem.slope(torch.tensor(gamma, dtype=torch.float64))
-        size = sum(e.metric * abs(e.gradient) * (1 + abs(e.at(at)) + abs(e.value)) for e in elements)
+        size = sum(
+            e.metric * abs(e.gradient) * (1 + abs(e.at(at)) + abs(e.value)) for e in elements
+        )
         expected = reference.dual_slope(0, 0, elements, at)
         assert abs(Fraction(float(first)) - expected) <= Fraction(1e-13) * size
         assert float(second) <= 0.0
@@ -302,7 +305,7 @@ class TestExactSearch:
         problem = Problem(1.0, 0.0, [[box_element(1.0, -3.0), box_element(0.0, 2.0)]])
         gamma, _ = problem.maximize()
         elements = problem.elements()
-        # Only the second coordinate moves: γ = 1 / (η 2²) > 1. The closed form says 1 / (η (3² + 2²)).
+        # Only the second coordinate moves: γ = 1 / (η 2²) > 1; the closed form: 1 / (η (3² + 2²)).
         assert gamma == 1.0
         clipped = reference.closed_form_gamma(1.0, 0.0, elements)
         assert clipped == pytest.approx(1.0 / 1.3)
@@ -318,7 +321,7 @@ class TestExactSearch:
             Fraction(problem.loss), Fraction(problem.eps), problem.fractions()
         )
         assert gamma == pytest.approx(float(expected), rel=1e-9, abs=1e-12)
-        # A straight line: its two ends, one Newton step, and a few where rounding hides that it is there.
+        # A straight line: its two ends, one Newton step, and a few more where rounding hides it.
         assert calls <= 7
 
     @pytest.mark.parametrize("ratio", [2.0, 10.0, 1e3])
@@ -427,9 +430,32 @@ class TestExactSearch:
             assert calls <= MAX_EVALUATIONS
             assert_agrees(problem, gamma)
 
+    @given(problems(eps=0.0))
+    def test_fixed_number_of_evaluations(self, problem: Problem) -> None:
+        """As on an accelerator: always as many, and within the promised bound of the maximum."""
+        calls = 0
+
+        def slope(gamma: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal calls
+            calls += 1
+            return problem.slope(gamma)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_size, "readable", lambda tensor: False)
+            gamma = float(step_size.maximize(slope))
+        assert calls == step_size.FIXED_EVALUATIONS
+        assert 0.0 <= gamma <= 1.0
+        elements, loss = problem.fractions(), Fraction(problem.loss)
+        best = reference.dual(loss, elements, problem.exact_gamma())
+        short = best - reference.dual(loss, elements, Fraction(gamma))
+        halvings = (step_size.FIXED_EVALUATIONS - 2) // 2
+        start = max(reference.dual_slope(loss, 0, elements, 0), loss)
+        size = loss + sum(e.metric * abs(e.gradient) * (1 + abs(e.value)) for e in elements)
+        assert short <= start / 2**halvings + Fraction(1e-12) * size
+
     @given(problems())
     def test_float32(self, problem: Problem) -> None:
-        """In single precision φ' at γ is zero to rounding, or has the sign that its end point asks for."""
+        """In single precision φ' is zero at γ, to rounding, or has the sign of its end point."""
         gamma = float(step_size.maximize(problem.slope, like=torch.zeros((), dtype=torch.float32)))
         assert 0.0 <= gamma <= 1.0
         elements = problem.fractions()

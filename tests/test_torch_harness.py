@@ -1,8 +1,13 @@
-"""The checks that torch makes of its own optimizers, with the pieces of its test harness that ship with it.
+"""The checks that torch makes of its own optimizers, with what ships of its test harness.
 
-torch's test files are not part of its package; what they check is written anew here, with a closure wherever a
-step is taken: these optimizers need the loss, torch's do not. Parameters are matrices, so that all can be quantized.
+torch's test files are not part of its package; what they check is written anew here, with a closure
+wherever a step is taken: these optimizers need the loss, torch's do not. Parameters are matrices,
+so that all can be quantized.
 """
+
+# The harness is built on unittest, and is untyped.
+# ruff: noqa: PT009, PT027
+# mypy: disable-error-code="no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
 
@@ -42,40 +47,42 @@ from torch.testing._internal.common_utils import TestCase
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW
 
 
+def config(kwargs: dict[str, Any], desc: str) -> Any:
+    """Settings alone: the tests bring the parameters."""
+    params: Any = None
+    return OptimizerInput(params=params, kwargs=kwargs, desc=desc)
+
+
 def inputs_dfw(device: str, dtype: Any = None) -> list[Any]:
     return [
-        OptimizerInput(params=None, kwargs={}, desc="default"),
-        OptimizerInput(params=None, kwargs={"lr": 0.01}, desc="non-default lr"),
-        OptimizerInput(params=None, kwargs={"lr": torch.tensor(0.01)}, desc="Tensor lr"),
-        OptimizerInput(params=None, kwargs={"momentum": 0.0}, desc="no momentum"),
-        OptimizerInput(
-            params=None, kwargs={"momentum": 0.5, "weight_decay": 0.1}, desc="weight_decay"
-        ),
-        OptimizerInput(params=None, kwargs={"eps": 0.0}, desc="no eps"),
+        config({}, "default"),
+        config({"lr": 0.01}, "non-default lr"),
+        config({"lr": torch.tensor(0.01)}, "Tensor lr"),
+        config({"momentum": 0.0}, "no momentum"),
+        config({"momentum": 0.5, "weight_decay": 0.1}, "weight_decay"),
+        config({"eps": 0.0}, "no eps"),
     ]
 
 
 def inputs_projected(device: str, dtype: Any = None) -> list[Any]:
     return [
         *inputs_dfw(device, dtype),
-        OptimizerInput(params=None, kwargs={"quantizer": None, "radius": 2.0}, desc="box"),
-        OptimizerInput(params=None, kwargs={"step_size": "closed_form"}, desc="closed form"),
-        OptimizerInput(params=None, kwargs={"radius": 0.5}, desc="radius"),
+        config({"quantizer": None, "radius": 2.0}, "box"),
+        config({"step_size": "closed_form"}, "closed form"),
+        config({"radius": 0.5}, "radius"),
     ]
 
 
 def inputs_ternary(device: str, dtype: Any = None) -> list[Any]:
     return [
         *inputs_dfw(device, dtype),
-        OptimizerInput(params=None, kwargs={"step_size": "closed_form"}, desc="closed form"),
-        OptimizerInput(params=None, kwargs={"threshold": 0.3}, desc="threshold"),
+        config({"step_size": "closed_form"}, "closed form"),
+        config({"threshold": 0.3}, "threshold"),
     ]
 
 
 def bad(kwargs: dict[str, Any], regex: str, error: type[Exception] = ValueError) -> Any:
-    return ErrorOptimizerInput(
-        OptimizerInput(params=None, kwargs=kwargs, desc=regex), error_type=error, error_regex=regex
-    )
+    return ErrorOptimizerInput(config(kwargs, regex), error_type=error, error_regex=regex)
 
 
 def errors_dfw(device: str, dtype: Any) -> list[Any]:
@@ -151,7 +158,7 @@ OPTIMIZERS = [
 TRACKED = ("latent", "scale_pos", "scale_neg", "momentum_buffer")
 
 
-class TestHarness(TestCase):  # type: ignore[misc]
+class TestHarness(TestCase):
     def problem(
         self, device: str, dtype: Any, transposed: bool = False
     ) -> tuple[Parameter, Parameter, Callable[[Any], Tensor]]:
@@ -236,7 +243,7 @@ class TestHarness(TestCase):  # type: ignore[misc]
                     loss = optimizer.step(lambda: closure(optimizer))  # noqa: B023
                     for scheduler in schedulers:
                         if isinstance(scheduler, ReduceLROnPlateau):
-                            scheduler.step(loss)
+                            scheduler.step(loss.detach())
                         else:
                             scheduler.step()
                 self.assertLess(closure(optimizer).item(), first, msg=str(kwargs))
@@ -443,9 +450,7 @@ class TestHarness(TestCase):  # type: ignore[misc]
         self.assertEqual(len(calls), 8)
 
     @optims(OPTIMIZERS, dtypes=[torch.float32])
-    def test_pre_hook_may_replace_the_loss(
-        self, device: str, dtype: Any, optim_info: Any
-    ) -> None:
+    def test_pre_hook_may_replace_the_loss(self, device: str, dtype: Any, optim_info: Any) -> None:
         weight, bias, closure = self.problem(device, dtype)
         optimizer = optim_info.optim_cls([weight, bias])
         closure(optimizer)
@@ -458,7 +463,7 @@ class TestHarness(TestCase):  # type: ignore[misc]
 
     @optims(OPTIMIZERS, dtypes=[torch.float32])
     def test_state_dict_hooks(self, device: str, dtype: Any, optim_info: Any) -> None:
-        """Four kinds, in the order of registration unless prepended; loading sees what they return."""
+        """Four kinds, in the order of registration unless prepended; what they return counts."""
         weight, bias, closure = self.problem(device, dtype)
         optimizer = optim_info.optim_cls([weight, bias])
         self.run_steps(optimizer, closure, 2)

@@ -123,7 +123,8 @@ def walk(
 ) -> Iterator[tuple[int, float, list[Array | None]]]:
     """Losses and gradients of a noisy regression to random targets: they depend on the weights.
 
-    The size of the loss swings, so that γ is 0, between 0 and 1, and 1; now and then a parameter has no gradient.
+    The size of the loss swings, so that γ is 0, between 0 and 1, and 1; now and then a parameter
+    has no gradient.
     """
     generator = np.random.default_rng(seed)
     for number in range(STEPS):
@@ -138,7 +139,7 @@ def walk(
 
 
 def assert_state(
-    optimizer: Any, p: Tensor, expected: reference.Parameter, tolerance: dict[str, float]
+    optimizer: Any, p: Tensor, expected: reference.Parameter, tolerance: dict[str, Any]
 ) -> None:
     def close(actual: Tensor, value: Array | float) -> None:
         torch.testing.assert_close(
@@ -175,7 +176,7 @@ def assert_state(
     ],
 )
 def test_trajectory(
-    setup: Setup, foreach: bool, dtype: torch.dtype, tolerance: dict[str, float]
+    setup: Setup, foreach: bool, dtype: torch.dtype, tolerance: dict[str, Any]
 ) -> None:
     groups, params, settings = start(setup, dtype)
     expected = [
@@ -236,10 +237,11 @@ def test_bounds_bind(name: str) -> None:
 def test_one_step_by_hand() -> None:
     """Numbers small enough to check on paper: two steps of DFW."""
     p = Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
-    optimizer = DFW([p], lr=0.1, momentum=0.5, weight_decay=0.2, eps=0.0)
+    optimizer: Any = DFW([p], lr=0.1, momentum=0.5, weight_decay=0.2, eps=0.0)
     p.grad = torch.tensor([3.0, 1.0], dtype=torch.float64)
     optimizer.step(loss=0.5)
-    # r = (0.2, −0.4); γ = (0.5 − 0.1·(0.6 − 0.4)) / (0.1·10) = 0.48; z = −0.1·0.48·(3.2, 0.6) = (−0.1536, −0.0288)
+    # r = (0.2, −0.4); γ = (0.5 − 0.1·(0.6 − 0.4)) / (0.1·10) = 0.48
+    # z = −0.1·0.48·(3.2, 0.6) = (−0.1536, −0.0288)
     # w = (1, −2) − 0.1·((0.2, −0.4) + 0.48·(3, 1)) + 0.5·z
     assert float(optimizer.gamma) == pytest.approx(0.48)
     assert p.tolist() == pytest.approx(
@@ -256,7 +258,7 @@ def test_one_step_by_hand() -> None:
 
 
 def test_momentum_is_counted_before_the_projection() -> None:
-    """The step ends with one projection: momentum carries a latent from inside to the bound, not past it."""
+    """The step ends with one projection: momentum carries a weight to the bound, not past it."""
     p = Parameter(torch.tensor([0.9, 0.9], dtype=torch.float64))
     optimizer = ProjectedDFW(
         [p], lr=1.0, momentum=0.9, eps=0.0, quantizer=None, radius=1.0, step_size="closed_form"
@@ -274,7 +276,11 @@ def test_momentum_is_counted_before_the_projection() -> None:
 
 def test_float_parameters_of_a_quantizing_optimizer_are_plain_dfw() -> None:
     """A group with radius=None, quantizer=None."""
-    setups = ((DFW, {}), (ProjectedDFW, float_group()), (TernaryDFW, float_group()))
+    setups: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (DFW, {}),
+        (ProjectedDFW, float_group()),
+        (TernaryDFW, float_group()),
+    )
     results = []
     for optimizer_class, options in setups:
         p = Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 LOOKS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select")
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fails where a value goes to Python or decides a shape; counts copies between devices."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.copies: list[str] = []
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]

@@ -84,6 +84,7 @@ def write_curves(out: Path, history: list[Row], title: str, held_out: str) -> Pa
         if all(math.isnan(row[column]) for row in history for column in lines.values()):
             axis.text(0.5, 0.5, "does not apply", ha="center", transform=axis.transAxes)
             axis.set_yticks([])
+    axes[2].set_ylim(-0.05, 1.05)  # γ
     axes[-1].set_axis_off()
     save_figure(out / CURVES, figure)
     return out / CURVES

@@ -1,7 +1,9 @@
 """The five rows of the poster, trained under one budget."""
 
 import json
+import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from . import checkpoint, files, report
 from .data import Data
 from .errors import UserError
 from .settings import Settings, option
-from .training import Run, train
+from .training import train
 
 ROWS = (
     ("float", "sgd"),
@@ -28,6 +30,23 @@ _OF_THE_ROW = ("net", "optimizer", "lr")
 _COLOURS = {"float": "black", "ternary": "tab:orange", "xnor": "tab:blue"}
 
 
+@dataclass(frozen=True)
+class Result:
+    """What is kept of a row when its run is over."""
+
+    settings: Settings
+    history: list[report.Row]
+
+    @property
+    def name(self) -> str:
+        return f"{self.settings.net} {self.settings.optimizer}"
+
+    @property
+    def accuracy(self) -> float:
+        """After the last epoch, in percent."""
+        return 100 * self.history[-1]["held_out_accuracy"]
+
+
 def run_table(
     given: dict[str, Any], load: Callable[[Settings], Data], out: Path, resume: bool
 ) -> None:
@@ -37,26 +56,32 @@ def run_table(
             raise UserError(f"{option(name)} does not go with --table, whose rows choose their own")
     if resume:
         given = _budget_of(out, given)
-    settings = [
+    rows = [
         Settings.choose(given | {"net": net, "optimizer": optimizer}) for net, optimizer in ROWS
     ]
-    data = load(settings[0])
+    data = load(rows[0])
     files.make_directory(out)
-    files.write_text(out / BUDGET, json.dumps(given, indent=1) + "\n")
-    runs = []
-    for i, row in enumerate(settings, 1):
-        print(f"[{i}/{len(settings)}] ", end="")
-        folder = out / f"{row.net}-{row.optimizer}"
-        runs.append(train(row, data, folder, resume and (folder / checkpoint.NAME).is_file()))
-    text = markdown(runs)
+    # The precision is part of the budget, also if it followed from the hardware.
+    budget = given | {"amp": rows[0].amp}
+    files.write_text(out / BUDGET, json.dumps(budget, indent=1) + "\n")
+    results = []
+    for i, settings in enumerate(rows, 1):
+        print(f"[{i}/{len(rows)}] ", end="")
+        folder = out / f"{settings.net}-{settings.optimizer}"
+        begun = resume and (folder / checkpoint.NAME).is_file()
+        if begun:
+            stored = Settings.of_checkpoint(checkpoint.load(folder)["settings"])
+            settings = stored.moved(settings.to_dict())
+        results.append(Result(settings, train(settings, data, folder, begun).history))
+    text = markdown(results, data)
     files.write_text(out / TABLE, text)
-    report.save_figure(out / FIGURE, _figure(runs))
+    report.save_figure(out / FIGURE, _figure(results, data))
     print(f"\n{text}\ntable {out / TABLE}, figure {out / FIGURE}, runs in {out}", flush=True)
 
 
-def markdown(runs: list[Run]) -> str:
+def markdown(results: list[Result], data: Data) -> str:
     """The table in Markdown, with its conditions."""
-    data, settings = runs[0].data, runs[0].settings
+    settings = results[0].settings
     lines = [
         f"ResNet-20 on {data.name}: {len(data.train):,} training images, {settings.epochs} epochs, "
         f"batch size {settings.batch_size}, schedule {settings.schedule}, seed {settings.seed}, "
@@ -67,13 +92,12 @@ def markdown(runs: list[Run]) -> str:
         f"| network | optimizer | lr | loss | {data.held_out_name} accuracy, % | seconds |",
         "|---|---|---|---|---|---|",
     ]
-    for run in runs:
-        settings, last = run.settings, run.history[-1]
-        seconds = sum(row["seconds"] for row in run.history) / run.epoch
+    for result in results:
+        settings = result.settings
+        seconds = statistics.mean(row["seconds"] for row in result.history)
         lines.append(
-            f"| {settings.net} | {settings.optimizer} | {settings.lr:g} | "
-            f"{settings.loss_name} | "
-            f"{100 * last['held_out_accuracy']:.2f} | {seconds:.1f} |"
+            f"| {settings.net} | {settings.optimizer} | {settings.lr:g} | {settings.loss_name} | "
+            f"{result.accuracy:.2f} | {seconds:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -81,44 +105,42 @@ def markdown(runs: list[Run]) -> str:
 def _budget_of(out: Path, given: dict[str, Any]) -> dict[str, Any]:
     path = out / BUDGET
     try:
-        budget: dict[str, Any] = json.loads(path.read_text())
+        budget: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        settings = Settings.choose(budget | {"net": "float", "optimizer": "sgd"})
     except FileNotFoundError as error:
         raise UserError(
             f"nothing to resume: there is no {path}; leave --resume out to start"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); choose another --out") from error
-    settings = Settings.choose(budget | {"net": "float", "optimizer": "sgd"})
     settings.moved(given)
     return budget | given
 
 
-def _figure(runs: list[Run]) -> Figure:
+def _figure(results: list[Result], data: Data) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"ResNet-20, {data.name}")
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    for run in runs:
-        settings = run.settings
+    for result in results:
         curves.plot(
-            [row["epoch"] for row in run.history],
-            [100 * row["held_out_accuracy"] for row in run.history],
-            color=_COLOURS[settings.net],
-            linestyle="-" if settings.optimizer == "dfw" else "--",
-            label=f"{settings.net} {settings.optimizer}",
+            [row["epoch"] for row in result.history],
+            [100 * row["held_out_accuracy"] for row in result.history],
+            color=_COLOURS[result.settings.net],
+            linestyle="-" if result.settings.optimizer == "dfw" else "--",
+            label=result.name,
         )
     curves.set_xlabel("epoch")
-    curves.set_ylabel(f"{runs[0].data.held_out_name} accuracy, %")
+    curves.set_ylabel(f"{data.held_out_name} accuracy, %")
     curves.grid(alpha=0.3)
     curves.legend()
-    last = [100 * run.history[-1]["held_out_accuracy"] for run in runs]
     drawn = bars.barh(
-        [f"{run.settings.net} {run.settings.optimizer}" for run in runs],
-        last,
-        color=[_COLOURS[run.settings.net] for run in runs],
+        [result.name for result in results],
+        [result.accuracy for result in results],
+        color=[_COLOURS[result.settings.net] for result in results],
         alpha=0.8,
     )
     bars.bar_label(drawn, fmt="%.1f", padding=3)
     bars.invert_yaxis()
     bars.set_xlim(0, 110)
     bars.set_xlabel("after the last epoch, %")
-    figure.suptitle(f"ResNet-20, {runs[0].data.name}")
     return figure

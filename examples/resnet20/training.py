@@ -22,6 +22,7 @@ from .straight_through import layers
 from .watch import WeightWatch
 
 _EVALUATION_BATCH = 500
+_COMPILER = ("torch._dynamo", "torch._inductor")
 
 
 class Run:
@@ -154,8 +155,16 @@ class Run:
 
     def _scores(self, images: Tensor) -> Tensor:
         amp = self.settings.amp == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
-            return self.forward(images)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
+                return self.forward(images)
+        except RuntimeError as error:
+            if self.settings.compile and type(error).__module__.startswith(_COMPILER):
+                raise UserError(
+                    "--compile does not work here, most likely for want of a C++ compiler; "
+                    "leave it out"
+                ) from error
+            raise
 
     def _skipped(self) -> float:
         if not isinstance(self.optimizer, FrankWolfe):
