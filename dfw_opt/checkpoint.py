@@ -51,6 +51,8 @@ def check_checkpoint(
 def _check_group(
     number: int, saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
+    if not isinstance(saved, dict) or not isinstance(saved.get("params"), list):
+        raise ValueError(f"the checkpoint's parameter group {number} is none: it lacks 'params'")
     # Other defaults (foreach, and those that torch adds) do not change what a step computes.
     missing = sorted((SETTINGS & set(defaults)) - set(saved))
     if missing:
@@ -74,7 +76,10 @@ def _check_state(
     variables = [""] if quantizer is None else list(QUANTIZERS[quantizer].variables)
     required = [] if quantizer is None else [*variables, *_CONSTANTS]
     if p.requires_grad and not set(required) <= set(state):
-        raise ValueError(f"{where} lacks {sorted(set(required) - set(state))}")
+        raise ValueError(
+            f"{where} lacks {sorted(set(required) - set(state))}; if it was frozen when this was "
+            "saved: freeze it, load, then unfreeze"
+        )
     unknown = set(state) - set(required) - {momentum_key(variable) for variable in variables}
     if unknown:
         raise ValueError(f"{where} is of another optimizer: it holds {sorted(unknown)}")

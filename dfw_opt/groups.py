@@ -30,8 +30,10 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
     first and the last in the order of registration, which networks need in float. All other
     parameters, biases and norms included, are in the group named ``"float"``, whose
     ``quantizer=None, radius=None`` makes it plain :class:`~dfw_opt.DFW`. A weight that another
-    kind of module shares (a tied embedding) is float too. The names are logged at level INFO by
-    the logger ``dfw_opt.groups``.
+    kind of module shares (a tied embedding) is float too. The names are logged at level INFO by the
+    logger ``dfw_opt.groups``; a layer whose weight is computed (pruned, parametrized) stays float,
+    with a warning there. Frozen weights are sorted like all others; the optimizer leaves them alone
+    until they are unfrozen.
 
     Args:
         model: the model, its parameters in place.
@@ -43,6 +45,7 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
         Groups for :class:`~dfw_opt.ProjectedDFW` or :class:`~dfw_opt.TernaryDFW`.
 
     Raises:
+        TypeError: ``skip`` is a module or a class.
         ValueError: a name in ``skip`` matches no such layer, or nothing is left to quantize.
 
     >>> from torch import nn
@@ -50,6 +53,9 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
     >>> [(group["name"], len(group["params"])) for group in param_groups(model)]
     [('quantized', 1), ('float', 5)]
     """
+    for name, module in model.named_modules():
+        if isinstance(module, _LAYERS) and "weight" not in module._parameters:
+            _log.warning("%s stays float: its weight is computed, not a parameter", name)
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
@@ -88,10 +94,17 @@ def _skipped(layers: dict[str, nn.Module], skip: Skip | None) -> set[str]:
     if skip is None:
         names = list(layers)
         return {*names[:1], *names[-1:]}
+    if isinstance(skip, type | nn.Module):
+        raise TypeError(
+            f"skip={skip!r} must be names, or a predicate such as "
+            "lambda name, module: isinstance(module, nn.Linear)"
+        )
     if callable(skip):
         return {name for name, layer in layers.items() if skip(name, layer)}
     skipped: set[str] = set()
     for wanted in [skip] if isinstance(skip, str) else skip:
+        if not isinstance(wanted, str):
+            raise TypeError(f"skip: {wanted!r} must be a name as in model.named_modules()")
         prefix = wanted.removesuffix(".weight")
         matches = {name for name in layers if name == prefix or name.startswith(f"{prefix}.")}
         if not matches:

@@ -4,6 +4,7 @@ Data flows one way: gradients → pull-back → :math:`\gamma` → update → qu
 the latents, in its state; the model holds the quantized weights, at all times.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any, overload
@@ -38,6 +39,8 @@ class FrankWolfe(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.gamma = None
+        # At which version of its tensor a quantized parameter was last written.
+        self._written: dict[Tensor, int] = {}
         super().__init__(params, defaults)
         devices = [p.device for group in self.param_groups for p in group["params"]]
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=next(iter(devices), None))
@@ -154,6 +157,7 @@ class FrankWolfe(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_written", {})
         for group in self.param_groups:
             group.setdefault("foreach", None)
 
@@ -207,9 +211,16 @@ class FrankWolfe(Optimizer):
             return
         quantizer = QUANTIZERS[group["quantizer"]]
         state = self._state_of(p)
-        if "latent" not in state:  # it was frozen until now
-            self._start_parameter(p, group)
-            state = self._state_of(p)
+        if (
+            "latent" not in state
+        ):  # it was frozen until now; _quantize writes it, if the step counts
+            state.update(quantizer.start(p, group))
+        if not quantizer.variables.keys() <= state.keys():
+            raise ValueError(
+                f"quantizer={group['quantizer']!r}: the quantizer of a group cannot change once it "
+                "has been chosen; make a new optimizer"
+            )
+        self._warn_if_overwritten(p, group)
         pulled = quantizer.pull_back(p.grad, state, group)
         for key, bounds in quantizer.variables.items():
             yield key, state[key], pulled[key], bounds
@@ -220,9 +231,14 @@ class FrankWolfe(Optimizer):
         r"""The one :math:`\gamma` of this step."""
         eps = self.param_groups[0]["eps"]
         boxed = [batch for batch in batches if batch.searched]
+        if readable(ell) and all(batch.inside() for batch in boxed):
+            # From inside the box the exact root is never below the closed form's: if that is an
+            # end point, there is nothing to search.
+            start = closed_form(ell, *_totals(terms, ell), eps)
+            if not boxed or start == 0 or start == 1:
+                return start
         straight = [t for batch, t in zip(batches, terms, strict=True) if not batch.searched]
-        decay = sum((t[0] for t in straight), torch.zeros_like(ell))
-        curvature = sum((t[1] for t in straight), torch.zeros_like(ell))
+        decay, curvature = _totals(straight, ell)
         if not boxed:
             return closed_form(ell, decay, curvature, eps)
 
@@ -271,6 +287,21 @@ class FrankWolfe(Optimizer):
 
     def _publish(self, p: Tensor, group: dict[str, Any]) -> None:
         p.copy_(QUANTIZERS[group["quantizer"]].quantize(self.state[p], group))
+        self._written[p] = p._version
+
+    def _warn_if_overwritten(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Values that others put into a quantized parameter are about to be lost: say so."""
+        version = self._written.get(p)
+        if version is None or version == p._version or torch.compiler.is_compiling():
+            return
+        self._written[p] = p._version
+        if not torch.equal(p, QUANTIZERS[group["quantizer"]].quantize(self.state[p], group).to(p)):
+            warnings.warn(
+                f"a quantized parameter of shape {tuple(p.shape)} was changed from outside since "
+                "the last step. The change is lost: the optimizer's latents know nothing of it. "
+                "Load weights before making the optimizer",
+                stacklevel=2,
+            )
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
         """The state of ``p``, moved along if the model has been moved to another device."""
@@ -342,6 +373,11 @@ def _scalar(loss: Tensor | float, batches: list[Variables]) -> Tensor:
         dtype = torch.promote_types(dtype, loss.dtype)
         return loss.detach().reshape(()).to(device, dtype)
     return torch.full((), loss, dtype=dtype, device=values[0].device if values else None)
+
+
+def _totals(terms: list[tuple[Tensor, ...]], like: Tensor) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros_like(like)
+    return sum((t[0] for t in terms), zero), sum((t[1] for t in terms), zero)
 
 
 def _scalar_lr(lr: float | Tensor) -> float | Tensor:

@@ -41,8 +41,8 @@ class ProjectedDFW(FrankWolfe):
         eps: :math:`\varepsilon`, as in :class:`DFW`.
         quantizer: ``"binary"``, or ``None`` to keep the parameter itself in the box, for models
             that quantize in their own layers.
-        radius: :math:`R > 0`, or ``None`` for no box. With ``quantizer=None`` as well, the group is
-            plain :class:`DFW`.
+        radius: :math:`R > 0`, or ``None`` for no box. Only ``quantizer=None, radius=None`` together
+            make a group plain :class:`DFW`, as biases and norms need.
         step_size: ``"exact"`` solves for :math:`\gamma` over the box; ``"closed_form"`` takes
             that of :class:`DFW`, as if there were no box, and projects afterwards.
         foreach: as in :class:`DFW`.
@@ -57,7 +57,7 @@ class ProjectedDFW(FrankWolfe):
     >>> import torch
     >>> model = torch.nn.Linear(4, 3)
     >>> optimizer = ProjectedDFW(
-    ...     [{"params": model.weight}, {"params": model.bias, "quantizer": None}]
+    ...     [{"params": model.weight}, {"params": model.bias, "quantizer": None, "radius": None}]
     ... )
     >>> model.weight.abs().unique(dim=1).shape  # one magnitude per output channel
     torch.Size([3, 1])

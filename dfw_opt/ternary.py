@@ -31,6 +31,8 @@ class TernaryDFW(FrankWolfe):
         step_size: as in :class:`ProjectedDFW`.
         foreach: as in :class:`DFW`.
 
+    A frozen parameter is left as it is until it is unfrozen and has a gradient.
+
     Raises:
         TypeError: a parameter is complex.
         ValueError: a setting is out of range or names nothing; a parameter to be quantized has
@@ -39,7 +41,7 @@ class TernaryDFW(FrankWolfe):
     >>> import torch
     >>> model = torch.nn.Linear(4, 3)
     >>> optimizer = TernaryDFW(
-    ...     [{"params": model.weight}, {"params": model.bias, "quantizer": None}]
+    ...     [{"params": model.weight}, {"params": model.bias, "quantizer": None, "radius": None}]
     ... )
     >>> model.weight.unique().numel() <= 3
     True

@@ -46,7 +46,7 @@ class Variables:
     values: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     metrics: list[Tensor | None] = field(default_factory=list)
-    """``None`` stands for 1."""
+    """``None`` stands for 1; either all of a batch are ``None``, or none."""
     owners: list[tuple[Tensor, str]] = field(default_factory=list)
     """The parameter in whose state the momentum is kept, and its key there."""
     buffers: list[Tensor] = field(default_factory=list)
@@ -62,6 +62,21 @@ class Variables:
     def searched(self) -> bool:
         """Whether the bounds take part in the search for the step size."""
         return self.exact and self.bounds != UNBOUNDED
+
+    def stacked_metrics(self) -> Tensor | float:
+        metrics = [M for M in self.metrics if M is not None]
+        return torch.stack(metrics) if metrics else 1.0
+
+    def inside(self) -> bool:
+        """Whether all values, and what decay makes of them, are within the bounds; reads them."""
+        lower, upper = self.bounds
+        extremes = [end for v in self.values if v.numel() for end in v.aminmax()]
+        return bool(self.lr * self.weight_decay <= 1) and (
+            not extremes
+            or bool(
+                (torch.stack(extremes).amin() >= lower) & (torch.stack(extremes).amax() <= upper)
+            )
+        )
 
 
 def sums(group: Variables) -> tuple[Tensor, Tensor]:
@@ -91,7 +106,7 @@ def multi_sums(group: Variables) -> tuple[Tensor, Tensor]:
     values, gradients = group.values, group.gradients
     dtype = wide(gradients[0].dtype)
     squares = torch.stack(torch._foreach_norm(gradients, 2, dtype)).square()
-    metrics = torch.stack([squares.new_ones(()) if M is None else M for M in group.metrics])
+    metrics = group.stacked_metrics()
     curvature = group.lr * (squares * metrics).sum()
     if not group.weight_decay:
         return torch.zeros_like(curvature), curvature

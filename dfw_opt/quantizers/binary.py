@@ -38,7 +38,8 @@ def quantize(latent: Tensor, unit: Tensor) -> Tensor:
         latent: :math:`u`, shape ``(channels, ...)``, at least 2-D.
         unit: :math:`c`, 0-dim.
     """
-    return unit * _channel_mean(latent.abs()) * _sign(latent)
+    scale = unit * _channel_mean(latent.abs())
+    return torch.where(latent >= 0, scale, -scale)
 
 
 def pull_back(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
@@ -62,7 +63,7 @@ def _channel_mean(x: Tensor) -> Tensor:
 
 
 def _sign(x: Tensor) -> Tensor:
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    return torch.copysign(x.new_ones(()), x + 0.0)  # + 0.0 makes -0 positive
 
 
 class _Binary:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import checkpoint, files, report
 from .data import Data
@@ -131,6 +132,7 @@ def _figure(results: list[Result], data: Data) -> Figure:
         )
     curves.set_xlabel("epoch")
     curves.set_ylabel(f"{data.held_out_name} accuracy, %")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.grid(alpha=0.3)
     curves.legend()
     drawn = bars.barh(
@@ -141,6 +143,6 @@ def _figure(results: list[Result], data: Data) -> Figure:
     )
     bars.bar_label(drawn, fmt="%.1f", padding=3)
     bars.invert_yaxis()
-    bars.set_xlim(0, 110)
+    bars.set_xlim(0, 118)  # room for the numbers
     bars.set_xlabel("after the last epoch, %")
     return figure

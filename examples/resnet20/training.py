@@ -36,7 +36,8 @@ class Run:
             )
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        torch.backends.cudnn.deterministic = True
+        if settings.device.startswith("cuda"):
+            torch.backends.cudnn.deterministic = True
         self.settings = settings
         self.data = data
         self.device = torch.device(settings.device)
