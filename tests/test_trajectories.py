@@ -274,6 +274,18 @@ def test_momentum_is_counted_before_the_projection() -> None:
     assert optimizer.state[p]["momentum_buffer"].tolist() == pytest.approx([0.095, -0.095])
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+def test_one_projection_only(foreach: bool) -> None:
+    """At the end: a long step past the upper bound that momentum takes back is not cut before."""
+    p = Parameter(torch.tensor([-1.0], dtype=torch.float64))
+    optimizer = ProjectedDFW([p], lr=1.0, quantizer=None, radius=1.0, foreach=foreach)
+    for gradient in (1.0, 1.0, 1.0, -2.2):
+        p.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step(loss=10.0)
+    # z = −1, −1.9, −2.71 at the lower bound; then z = −2.439 + 2.2 = −0.239
+    assert p.item() == pytest.approx(-1 + 2.2 - 0.9 * 0.239)
+
+
 def test_float_parameters_of_a_quantizing_optimizer_are_plain_dfw() -> None:
     """A group with radius=None, quantizer=None."""
     setups: tuple[tuple[Any, dict[str, Any]], ...] = (
