@@ -21,14 +21,19 @@ SMALL = ["--limit=64", "--batch-size=16", "--threads=1", "--device=cpu", "--amp=
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """Run the script as a user would, from a checkout."""
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # Tests that run as a background job ignore Ctrl-C, and what they start would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
