@@ -211,9 +211,8 @@ class FrankWolfe(Optimizer):
             return
         quantizer = QUANTIZERS[group["quantizer"]]
         state = self._state_of(p)
-        if (
-            "latent" not in state
-        ):  # it was frozen until now; _quantize writes it, if the step counts
+        if "latent" not in state:
+            # Frozen until now. Only a step that counts quantizes the parameter itself.
             state.update(quantizer.start(p, group))
         if not quantizer.variables.keys() <= state.keys():
             raise ValueError(
@@ -231,16 +230,15 @@ class FrankWolfe(Optimizer):
         r"""The one :math:`\gamma` of this step."""
         eps = self.param_groups[0]["eps"]
         boxed = [batch for batch in batches if batch.searched]
-        if readable(ell) and all(batch.inside() for batch in boxed):
-            # From inside the box the exact root is never below the closed form's: if that is an
-            # end point, there is nothing to search.
-            start = closed_form(ell, *_totals(terms, ell), eps)
-            if not boxed or start == 0 or start == 1:
-                return start
+        unboxed = closed_form(ell, *_totals(terms, ell), eps)
+        if not boxed:
+            return unboxed
+        if readable(ell) and unboxed in (0, 1) and all(batch.inside() for batch in boxed):
+            # From inside the box the exact root is never below the closed form's, and the slope at
+            # 0 is the same: if that is an end point, so is the other.
+            return unboxed
         straight = [t for batch, t in zip(batches, terms, strict=True) if not batch.searched]
         decay, curvature = _totals(straight, ell)
-        if not boxed:
-            return closed_form(ell, decay, curvature, eps)
 
         def slope(gamma: Tensor) -> tuple[Tensor, Tensor]:
             total, bend = ell - decay - (curvature + eps) * gamma, -(curvature + eps)

@@ -37,11 +37,18 @@ def test_backward(ste: str, values: list[float], seed: int) -> None:
     torch.testing.assert_close(x.grad, weights * torch.tensor(slopes, dtype=torch.float64))
 
 
-def test_clipped_includes_the_ends() -> None:
-    x = torch.tensor([-1.0, 1.0, -1.0000001, 1.0000001], requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 40])
+def test_clipped_includes_the_ends(dtype: torch.dtype, count: int) -> None:
+    """|x| = 1 passes, the next number does not; the same in long tensors, where kernels differ."""
+    one = torch.ones((), dtype=dtype)
+    beyond = one * (1 + torch.finfo(dtype).eps)
+    assert beyond > 1
+    x = torch.stack([-one, one, -beyond, beyond]).repeat(count).requires_grad_()
     SignActivation(ste="clipped")(x).sum().backward()
     assert x.grad is not None
-    assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert x.grad.dtype == dtype
+    assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0] * count
 
 
 def test_clipped_is_the_default() -> None:

@@ -7,6 +7,7 @@ is checked with real numbers on the CPU, by telling it that it may not look.
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -197,24 +198,23 @@ def test_lower_bound_of_scales_on_the_blind_path(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@ALL_KINDS
-@BOTH_PATHS
-def test_on_a_real_device(kind: Kind, foreach: bool) -> None:
+def test_on_a_real_device() -> None:
     """The device itself complains about a synchronisation; the numbers are those of the CPU."""
-    here = make_params(dtype=torch.float64)
-    there = [Parameter(p.detach().cuda()) for p in here]
-    optimizers = [kind.make(params, foreach=foreach) for params in (here, there)]
-    for number in range(10):
-        draw_gradients(here, number)
+    for kind, foreach in itertools.product(KINDS, (False, True)):
+        here = make_params(dtype=torch.float64)
+        there = [Parameter(p.detach().cuda()) for p in here]
+        optimizers = [kind.make(params, foreach=foreach) for params in (here, there)]
+        for number in range(10):
+            draw_gradients(here, number)
+            for p, q in zip(here, there, strict=True):
+                assert p.grad is not None
+                q.grad = p.grad.cuda()
+            loss = torch.tensor(0.3, dtype=torch.float64, device="cuda")
+            optimizers[0].step(loss=0.3)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                optimizers[1].step(loss=loss)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         for p, q in zip(here, there, strict=True):
-            assert p.grad is not None
-            q.grad = p.grad.cuda()
-        loss = torch.tensor(0.3, dtype=torch.float64, device="cuda")
-        optimizers[0].step(loss=0.3)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            optimizers[1].step(loss=loss)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    for p, q in zip(here, there, strict=True):
-        torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=1e-9, atol=1e-11)

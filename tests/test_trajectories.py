@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 from helpers import to_numpy
-from reference import Array, Settings
+from reference import Array, FloatParameter, Settings
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -272,6 +272,47 @@ def test_momentum_is_counted_before_the_projection() -> None:
     assert p.tolist() == pytest.approx([1.0, 0.6695])
     # z is not cut by the bound: it is the same as without one.
     assert optimizer.state[p]["momentum_buffer"].tolist() == pytest.approx([0.095, -0.095])
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("quantizer", [None, "binary"])
+@pytest.mark.parametrize("reach", [0.5, 1.5, 3.0])
+def test_from_outside_the_box(quantizer: str | None, reach: float, foreach: bool) -> None:
+    """A radius made smaller in mid-training, and decay that carries across zero (η λ = reach).
+
+    There γ may lie on either side of the closed form, whatever end that is at.
+    """
+    gammas = set()
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        settings = Settings(
+            lr=0.5, weight_decay=2 * reach, quantizer=quantizer, radius=2.0, momentum=0.0
+        )
+        weights = generator.uniform(-2, 2, (2, 3))
+        p = Parameter(torch.tensor(weights))
+        expected = reference.make_parameter(weights, settings)
+        optimizer = ProjectedDFW(
+            [p],
+            lr=0.5,
+            weight_decay=2 * reach,
+            quantizer=quantizer,
+            radius=2.0,
+            momentum=0.0,
+            foreach=foreach,
+        )
+        optimizer.param_groups[0]["radius"] = 0.5
+        variable = expected.weights if isinstance(expected, FloatParameter) else expected.latent
+        variable.lower, variable.upper = -0.5, 0.5
+        gradient = generator.normal(0, 2, (2, 3))
+        loss = float(generator.choice([0.0, 0.1, 1.0, 3.0]))
+        p.grad = torch.tensor(gradient)
+        gamma = reference.step([expected], loss, [gradient])
+        optimizer.step(loss=loss)
+        assert optimizer.gamma is not None
+        assert float(optimizer.gamma) == pytest.approx(gamma, rel=1e-9, abs=1e-12)
+        torch.testing.assert_close(p.detach(), torch.tensor(expected.forward()))
+        gammas.add(0.0 if gamma == 0 else 1.0 if gamma == 1 else 0.5)
+    assert gammas == {0.0, 0.5, 1.0}
 
 
 @pytest.mark.parametrize("foreach", [False, True])
