@@ -315,6 +315,21 @@ def test_from_outside_the_box(quantizer: str | None, reach: float, foreach: bool
     assert gammas == {0.0, 0.5, 1.0}
 
 
+@pytest.mark.parametrize(("gradient", "loss", "expected"), [(1.0, 0.5, 0.0), (-1.0, 0.0, 1.0)])
+def test_end_points_from_outside_the_box(gradient: float, loss: float, expected: float) -> None:
+    """Getting into the box changes the linearised loss by more than the step: the ends swap."""
+    p = Parameter(torch.tensor([0.5]))
+    optimizer = ProjectedDFW([p], lr=0.1, quantizer=None, radius=0.5)
+    with torch.no_grad():
+        p.fill_(2.0)
+    p.grad = torch.tensor([gradient])
+    # φ'(γ) = ℓ + d (0.5 − 2), whatever γ; the closed form has φ'(γ) = ℓ − 0.1 γ.
+    optimizer.step(loss=loss)
+    assert optimizer.gamma is not None
+    assert float(optimizer.gamma) == expected
+    assert p.item() == 0.5
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 def test_one_projection_only(foreach: bool) -> None:
     """At the end: a long step past the upper bound that momentum takes back is not cut before."""
