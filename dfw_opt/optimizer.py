@@ -230,13 +230,12 @@ class FrankWolfe(Optimizer):
         r"""The one :math:`\gamma` of this step."""
         eps = self.param_groups[0]["eps"]
         boxed = [batch for batch in batches if batch.searched]
-        unboxed = closed_form(ell, *_totals(terms, ell), eps)
-        if not boxed:
-            return unboxed
-        if readable(ell) and unboxed in (0, 1) and all(batch.inside() for batch in boxed):
+        if not boxed or readable(ell):
+            unboxed = closed_form(ell, *_totals(terms, ell), eps)
             # From inside the box the exact root is never below the closed form's, and the slope at
             # 0 is the same: if that is an end point, so is the other.
-            return unboxed
+            if not boxed or (unboxed in (0, 1) and all(batch.inside() for batch in boxed)):
+                return unboxed
         straight = [t for batch, t in zip(batches, terms, strict=True) if not batch.searched]
         decay, curvature = _totals(straight, ell)
 

@@ -70,13 +70,10 @@ class Variables:
     def inside(self) -> bool:
         """Whether all values, and what decay makes of them, are within the bounds; reads them."""
         lower, upper = self.bounds
+        if self.lr * self.weight_decay > 1:
+            return False
         extremes = [end for v in self.values if v.numel() for end in v.aminmax()]
-        return bool(self.lr * self.weight_decay <= 1) and (
-            not extremes
-            or bool(
-                (torch.stack(extremes).amin() >= lower) & (torch.stack(extremes).amax() <= upper)
-            )
-        )
+        return all(lower <= end <= upper for end in extremes)
 
 
 def sums(group: Variables) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dfw_opt.quantizers.base import Group, Pulled, Quantizer, State, normalised_latent
+from dfw_opt.sign import sign
 
 __all__ = ["BINARY", "pull_back", "quantize"]
 
@@ -52,18 +53,14 @@ def pull_back(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
         unit: :math:`c`, 0-dim.
     """  # noqa: E501
     g = grad.to(latent.dtype)
-    sign = _sign(latent)
+    signs = sign(latent)
     through_sign = _channel_mean(latent.abs()) * g
-    through_scale = sign * _channel_mean(g * sign)
+    through_scale = signs * _channel_mean(g * signs)
     return Pulled((through_sign + through_scale) / unit, unit.square())
 
 
 def _channel_mean(x: Tensor) -> Tensor:
     return x.mean(dim=tuple(range(1, x.dim())), keepdim=True)
-
-
-def _sign(x: Tensor) -> Tensor:
-    return torch.copysign(x.new_ones(()), x + 0.0)  # + 0.0 makes -0 positive
 
 
 class _Binary:
