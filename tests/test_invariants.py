@@ -143,6 +143,27 @@ def test_overflowing_norm_changes_nothing(kind: Kind) -> None:
     assert everything(optimizer) == before
 
 
+def assert_steps_agree(
+    optimizer: Any,
+    params: list[Parameter],
+    other: Any,
+    twins: list[Parameter],
+    steps: int,
+    seed: int,
+    loss: float,
+) -> None:
+    """Two optimizers, given the same gradients, take the same steps but for rounding."""
+    for number in range(steps):
+        draw_gradients(params, seed + number)
+        for p, twin in zip(params, twins, strict=True):
+            twin.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step(loss=loss)
+        other.step(loss=loss)
+        torch.testing.assert_close(other.gamma, optimizer.gamma, rtol=1e-11, atol=1e-13)
+        for p, twin in zip(params, twins, strict=True):
+            torch.testing.assert_close(twin, p, rtol=1e-10, atol=1e-12)
+
+
 @ALL_KINDS
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), lr=st.sampled_from([0.03, 0.3]), decay=st.booleans())
@@ -152,15 +173,7 @@ def test_foreach_equals_single_tensor(kind: Kind, seed: int, lr: float, decay: b
     options = {"lr": lr, "weight_decay": 1e-2 if decay else 0.0}
     single = kind.make(params, foreach=False, **options)
     multi = kind.make(twins, foreach=True, **options)
-    for number in range(5):
-        draw_gradients(params, seed + number)
-        for p, twin in zip(params, twins, strict=True):
-            twin.grad = None if p.grad is None else p.grad.clone()
-        single.step(loss=1.0)
-        multi.step(loss=1.0)
-        torch.testing.assert_close(multi.gamma, single.gamma, rtol=1e-11, atol=1e-13)
-        for p, twin in zip(params, twins, strict=True):
-            torch.testing.assert_close(twin, p, rtol=1e-10, atol=1e-12)
+    assert_steps_agree(single, params, multi, twins, steps=5, seed=seed, loss=1.0)
 
 
 @ALL_KINDS
@@ -179,15 +192,7 @@ def test_splitting_and_ordering_groups_changes_nothing(
     order = data.draw(st.permutations(range(len(shapes))))
     split = [group for index in order for group in kind.groups([twins[index]])]
     parts = kind.optimizer(split, **kind.settings, foreach=foreach, weight_decay=1e-2)
-    for number in range(4):
-        draw_gradients(params, seed + number)
-        for p, twin in zip(params, twins, strict=True):
-            twin.grad = None if p.grad is None else p.grad.clone()
-        whole.step(loss=0.7)
-        parts.step(loss=0.7)
-        torch.testing.assert_close(parts.gamma, whole.gamma, rtol=1e-11, atol=1e-13)
-        for p, twin in zip(params, twins, strict=True):
-            torch.testing.assert_close(twin, p, rtol=1e-10, atol=1e-12)
+    assert_steps_agree(whole, params, parts, twins, steps=4, seed=seed, loss=0.7)
 
 
 @ALL_KINDS
