@@ -45,7 +45,7 @@ always_use_bars_union = True
 # work without it, so names outside this package stay unlinked.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|collections|typing|abc|logging|optparse)(\..*)?"),
+    (r"py:.*", r"(torch|collections|typing|abc|logging|optparse|os)(\..*)?"),
     (
         r"py:.*",
         r"(bool|bytes|dict|float|int|list|object|str|tuple|type|None|Any|Callable|Iterable)",

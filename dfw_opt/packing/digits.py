@@ -1,0 +1,58 @@
+r"""Digits of a small base, as many to a byte as fit: 8 of base 2, 5 of base 3.
+
+The first digit is the least significant: a byte is :math:`\sum_i d_i\, b^i`. Where the last byte
+has room left, the digits there are 0.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["check", "pack", "packed_size", "per_byte", "unpack"]
+
+
+def per_byte(base: int) -> int:
+    """How many digits of ``base`` a byte holds."""
+    return max(count for count in range(1, 9) if base**count <= 256)
+
+
+def packed_size(count: int, base: int) -> int:
+    """The bytes that ``count`` digits take."""
+    return -(-count // per_byte(base))
+
+
+def pack(digits: Tensor, base: int) -> Tensor:
+    """The bytes of ``digits``, both 1-D and uint8."""
+    columns = per_byte(base)
+    padding = -len(digits) % columns
+    if padding:
+        digits = torch.cat([digits, digits.new_zeros(padding)])
+    packed = digits.new_zeros(len(digits) // columns)
+    for column in reversed(digits.view(-1, columns).unbind(1)):
+        packed = packed * base + column
+    return packed
+
+
+def unpack(packed: Tensor, levels: Tensor, count: int) -> Tensor:
+    """``levels[d]`` for each of the first ``count`` digits ``d``, whose base is ``len(levels)``.
+
+    Args:
+        packed: bytes that have passed :func:`check`, 1-D, uint8.
+        levels: the value of each digit, 1-D, any dtype.
+        count: how many digits to read.
+    """
+    base = len(levels)
+    powers = base ** torch.arange(per_byte(base))
+    table = levels[torch.arange(base ** per_byte(base))[:, None] // powers % base]
+    return table.index_select(0, packed.int()).view(-1)[:count]
+
+
+def check(packed: Tensor, base: int, count: int) -> str | None:
+    """What is wrong with the bytes of ``count`` digits, if anything is."""
+    if not count:
+        return None
+    if int(packed.max()) >= base ** per_byte(base):
+        return f"a byte of it is {int(packed.max())}, which is no {per_byte(base)} digits of {base}"
+    used = count - (len(packed) - 1) * per_byte(base)
+    if int(packed[-1]) >= base**used:
+        return "its last byte has digits beyond the last weight"
+    return None
