@@ -1,6 +1,7 @@
 """Shows what a packed file holds: ``python -m dfw_opt FILE``."""
 
 import argparse
+import contextlib
 import sys
 
 from dfw_opt.packing.file import read_entries
@@ -10,6 +11,9 @@ from dfw_opt.sizes import of_entries
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a name shows its code
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(
         prog="python -m dfw_opt", description="Show what a file of dfw_opt.save_packed holds."
     )
@@ -20,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (PackedFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(of_entries(entries))
+    print(of_entries(entries, size))
     print(f"{path}: {size:,} bytes, undamaged")
     return 0
 

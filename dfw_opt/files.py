@@ -9,6 +9,8 @@ from typing import IO
 
 __all__ = ["write_atomically"]
 
+_LONGEST = 50  # of 255 bytes that a name may have; a character may take four
+
 
 def write_atomically(
     path: str | os.PathLike[str], write: Callable[[IO[bytes]], object], advice: str = ""
@@ -27,7 +29,8 @@ def write_atomically(
         OSError: the file cannot be written; one that was there before is unchanged.
     """
     target = Path(os.path.realpath(path))
-    part = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    part = target.with_name(f".{target.name[:_LONGEST]}.{unique}.part")
     try:
         with part.open("xb") as file:
             write(file)

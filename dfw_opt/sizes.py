@@ -12,6 +12,8 @@ from dfw_opt.packing.layout import DIGEST_SIZE, Entry, describe, preamble
 
 __all__ = ["LayerSize", "Summary", "summary"]
 
+_WIDEST = 100
+
 
 @dataclass(frozen=True)
 class LayerSize:
@@ -117,13 +119,15 @@ def summary(model: nn.Module) -> Summary:
     >>> sizes.quantized_weights
     2048
     """
-    sizes = of_entries(describe(live_tensors(model)))
+    entries = describe(live_tensors(model))
+    payloads = sum(entry.size for entry in entries)
+    sizes = of_entries(entries, len(preamble(entries)) + payloads + DIGEST_SIZE)
     print(sizes)
     return sizes
 
 
-def of_entries(entries: Sequence[Entry]) -> Summary:
-    """The sizes of a packed file with these entries."""
+def of_entries(entries: Sequence[Entry], file_bytes: int) -> Summary:
+    """The sizes of a packed file that has these entries and ``file_bytes`` in all."""
     own = [entry for entry in entries if entry.tied is None]
     quantized = [entry for entry in own if entry.encoding != "raw"]
     total = sum(entry.size for entry in own)
@@ -135,7 +139,7 @@ def of_entries(entries: Sequence[Entry]) -> Summary:
         values=sum(entry.numel for entry in own),
         bytes=total,
         float32_bytes=sum(_float32_bytes(entry) for entry in own),
-        file_bytes=len(preamble(entries)) + total + DIGEST_SIZE,
+        file_bytes=file_bytes,
         quantized_weights=sum(entry.numel for entry in quantized),
         quantized_bytes=sum(entry.size for entry in quantized),
     )
@@ -160,10 +164,11 @@ def _float32_bytes(entry: Entry) -> int:
 
 
 def _cells(layer: LayerSize) -> tuple[str, ...]:
-    # Names may come from a file, and a terminal obeys what it prints.
+    # Names may come from a stranger's file: a terminal obeys what it prints, and one long name
+    # would make every row as long.
     name = layer.name if layer.name.isprintable() else ascii(layer.name)
     return (
-        name or "(model)",
+        name[:_WIDEST] or "(model)",
         "x".join(map(str, layer.shape)) or "scalar",
         f"{layer.bits:g}",
         f"{layer.bytes:,}",

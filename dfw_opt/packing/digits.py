@@ -41,8 +41,9 @@ def unpack(packed: Tensor, levels: Tensor, count: int) -> Tensor:
         count: how many digits to read.
     """
     base = len(levels)
-    powers = base ** torch.arange(per_byte(base))
-    table = levels[torch.arange(base ** per_byte(base))[:, None] // powers % base]
+    powers = base ** torch.arange(per_byte(base), device=levels.device)
+    bytes_ = torch.arange(base ** per_byte(base), device=levels.device)
+    table = levels[bytes_[:, None] // powers % base]
     return table.index_select(0, packed.int()).view(-1)[:count]
 
 

@@ -21,6 +21,8 @@ the memory beyond the tensor itself stays small.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 from typing import Protocol
 
 import torch
@@ -103,7 +105,11 @@ class _Raw:
 
 
 class _Digits(ABC):
-    """What binary and ternary share: a few scales, then one digit a weight."""
+    """What binary and ternary share: a few scales, then one digit a weight.
+
+    All is done on the patterns of the numbers: arithmetic could change them where torch has been
+    told to flush subnormal numbers to zero.
+    """
 
     base: int
 
@@ -111,13 +117,23 @@ class _Digits(ABC):
     def count_scales(self, shape: tuple[int, ...]) -> int: ...
 
     @abstractmethod
-    def scales(self, tensor: Tensor) -> Tensor: ...
+    def scales(self, patterns: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def digits(self, block: Tensor) -> Tensor: ...
+    def holds(self, patterns: Tensor, scales: Tensor) -> bool:
+        """Whether every value is one that ``scales`` and a digit give."""
 
     @abstractmethod
-    def levels(self, scales: Tensor) -> Tensor: ...
+    def digits(self, patterns: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def levels(self, scales: Tensor) -> Tensor:
+        """The pattern that stands for each digit."""
+
+    def fits(self, tensor: Tensor) -> bool:
+        patterns = _patterns(tensor)
+        scales = self.scales(patterns)
+        return _no_nan(scales, tensor.dtype) and self.holds(patterns, scales)
 
     def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         return len(shape) >= 2 and math.prod(shape) > 0 and dtype in _PACKABLE
@@ -127,8 +143,9 @@ class _Digits(ABC):
         return scales + digits.packed_size(math.prod(shape), self.base)
 
     def write(self, tensor: Tensor) -> Iterator[Tensor]:
-        yield _bytes(self.scales(tensor).contiguous())
-        for block in torch.split(tensor.view(-1), _BLOCK):
+        patterns = _patterns(tensor)
+        yield _bytes(self.scales(patterns).contiguous())
+        for block in torch.split(patterns.view(-1), _BLOCK):
             yield digits.pack(self.digits(block), self.base)
 
     def check(self, payload: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
@@ -139,14 +156,13 @@ class _Digits(ABC):
         scales, packed = self.parts(payload, out)
         levels = self.levels(scales)
         step = _BLOCK // digits.per_byte(self.base)
-        for block, its in zip(
-            torch.split(out.view(-1), _BLOCK), torch.split(packed, step), strict=True
-        ):
+        blocks = torch.split(_patterns(out).view(-1), _BLOCK)
+        for block, its in zip(blocks, torch.split(packed, step), strict=True):
             block.copy_(digits.unpack(its, levels, len(block)))
 
     def parts(self, payload: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The scales, and the bytes of the digits, of a tensor ``like`` this one."""
-        scales = like.new_empty(self.count_scales(tuple(like.shape)))
+        scales = _patterns(like).new_empty(self.count_scales(tuple(like.shape)))
         stored = _bytes(scales)
         stored.copy_(payload[: len(stored)])
         return scales, payload[len(stored) :]
@@ -159,26 +175,27 @@ class _Binary(_Digits):
     def count_scales(self, shape: tuple[int, ...]) -> int:
         return shape[0]
 
-    def scales(self, tensor: Tensor) -> Tensor:
-        return tensor.flatten(1)[:, 0].abs()
+    def scales(self, patterns: Tensor) -> Tensor:
+        return patterns.flatten(1)[:, 0] & torch.iinfo(patterns.dtype).max
 
-    def fits(self, tensor: Tensor) -> bool:
-        rows = tensor.flatten(1)
+    def holds(self, patterns: Tensor, scales: Tensor) -> bool:
+        rows = patterns.flatten(1)
         step = max(1, _BLOCK // rows.shape[1])
-        blocks = zip(torch.split(rows, step), torch.split(self.scales(tensor), step), strict=True)
-        return all(bool((block.abs() == scale[:, None]).all()) for block, scale in blocks)
+        magnitude = torch.iinfo(patterns.dtype).max
+        blocks = zip(torch.split(rows, step), torch.split(scales, step), strict=True)
+        return all(bool(((block & magnitude) == its[:, None]).all()) for block, its in blocks)
 
-    def digits(self, block: Tensor) -> Tensor:
-        # The sign bit, not w < 0: it tells -0.0 from 0.0 in a channel whose scale is 0.
-        return block.signbit().view(torch.uint8)
+    def digits(self, patterns: Tensor) -> Tensor:
+        # The sign bit tells -0.0 from 0.0 in a channel whose scale is 0.
+        return (patterns < 0).view(torch.uint8)
 
     def levels(self, scales: Tensor) -> Tensor:
-        return scales.new_tensor([1.0, -1.0])
+        return scales.new_tensor([0, _sign_bit(scales)])
 
     def read(self, payload: Tensor, out: Tensor) -> None:
         super().read(payload, out)
         scales, _ = self.parts(payload, out)
-        out.flatten(1).mul_(scales[:, None])
+        _patterns(out).flatten(1).bitwise_xor_(scales[:, None])
 
 
 class _Ternary(_Digits):
@@ -188,26 +205,41 @@ class _Ternary(_Digits):
     def count_scales(self, shape: tuple[int, ...]) -> int:
         return 2
 
-    def scales(self, tensor: Tensor) -> Tensor:
-        least, most = tensor.aminmax()
-        return torch.stack([most, -least]).clamp_(min=0) + 0.0  # -0.0 becomes 0.0
+    def scales(self, patterns: Tensor) -> Tensor:
+        least, most = patterns.aminmax()
+        p = most.clamp(min=0)
+        return torch.stack([p, torch.where(least < 0, least ^ _sign_bit(least), 0)])
 
-    def fits(self, tensor: Tensor) -> bool:
-        p, n = self.scales(tensor)
+    def holds(self, patterns: Tensor, scales: Tensor) -> bool:
+        # Where nothing is negative -n has the pattern of -0.0, which is not one of the values.
+        zero, p, minus_n = self.levels(scales)
+        values = (zero, p, minus_n) if scales[1] else (zero, p)
+        blocks = torch.split(patterns.view(-1), _BLOCK)
+        return all(bool(reduce(or_, (block == v for v in values)).all()) for block in blocks)
 
-        def three_values(block: Tensor) -> bool:
-            zero = (block == 0) & ~block.signbit()
-            levels = (block == p) | (block == -n)
-            return bool((zero | (levels & (block != 0))).all())
-
-        return all(three_values(block) for block in torch.split(tensor.view(-1), _BLOCK))
-
-    def digits(self, block: Tensor) -> Tensor:
-        return (block > 0).view(torch.uint8) + 2 * (block < 0).view(torch.uint8)
+    def digits(self, patterns: Tensor) -> Tensor:
+        return (patterns > 0).view(torch.uint8) + 2 * (patterns < 0).view(torch.uint8)
 
     def levels(self, scales: Tensor) -> Tensor:
         p, n = scales
-        return torch.stack([torch.zeros_like(p), p, -n])
+        return torch.stack([torch.zeros_like(p), p, n ^ _sign_bit(n)])
+
+
+def _patterns(tensor: Tensor) -> Tensor:
+    """The bits of floating-point numbers as integers, which nothing rounds or flushes to zero.
+
+    Those of negative numbers are negative, and those of positive numbers are ordered as they are.
+    """
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+def _sign_bit(patterns: Tensor) -> int:
+    return torch.iinfo(patterns.dtype).min
+
+
+def _no_nan(scales: Tensor, dtype: torch.dtype) -> bool:
+    infinity = _patterns(torch.full((1,), torch.inf, dtype=dtype, device="cpu"))
+    return bool((scales <= infinity).all())
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -277,7 +277,7 @@ def _fill(tensor: Tensor, encoding: str, payload: Tensor) -> None:
     if tensor.device.type == "cpu" and tensor.is_contiguous():
         ENCODINGS[encoding].read(payload, tensor.detach())
     else:
-        values = torch.empty(tensor.shape, dtype=tensor.dtype)
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         ENCODINGS[encoding].read(payload, values)
         tensor.copy_(values)
 

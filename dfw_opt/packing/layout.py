@@ -54,7 +54,7 @@ _VERSION = 1
 _PREFIX = struct.Struct("<8sIIQ")
 PREFIX_SIZE = _PREFIX.size
 DIGEST_SIZE = 32
-MAX_HEADER = 16 << 20
+MAX_HEADER = 4 << 20
 """The most bytes that a header may have, before compression."""
 _MAX_DIMENSIONS = 64  # torch's own limit
 
