@@ -109,6 +109,21 @@ def test_pages_name_only_files_that_exist() -> None:
     assert not missing
 
 
+def test_pages_name_only_tests_that_exist() -> None:
+    named = {
+        (path, *names.split("::"))
+        for page in PAGES
+        for path, names in re.findall(
+            r"`(tests/\w+\.py)::([\w:]+)`", page.read_text(encoding="utf-8")
+        )
+    }
+    assert len(named) > 10
+    for path, *names in named:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for name in names:
+            assert re.search(rf"^ *(?:class|def) {name}\b", source, re.MULTILINE), (path, name)
+
+
 def test_readme_has_both_commands_on_one_line_each() -> None:
     """`.ci/run` runs the second of these as it stands."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

@@ -798,7 +798,7 @@ def test_memory_of_the_largest_header(tmp_path: Path) -> None:
         paths.append(tmp_path / f"{number}.dfw")
         paths[-1].write_bytes(reference.assemble(zlib.compress(text.encode()), PAYLOAD))
         assert paths[-1].stat().st_size < 2**20
-    assert run(LIMITED, 2**30, *paths).split() == ["PackedFileError"] * len(paths)
+    assert run(LIMITED, 400 * 2**20, *paths).split() == ["PackedFileError"] * len(paths)
 
 
 # --------------------------------------------------------------------------------------------------
