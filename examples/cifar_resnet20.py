@@ -2,7 +2,7 @@
 
 Without --data it trains on the handwritten digits that come with scikit-learn:
 
-    python cifar_resnet20.py --net xnor --optimizer dfw
+    python cifar_resnet20.py --net xnor --optimizer dfw --export xnor.dfw
     python cifar_resnet20.py --table
 
 CIFAR-10 is downloaded once, and from then on it is --data data:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 _BAD_INPUT = 2
+_JOB = ("out", "resume", "export", "table", "bench", "download")
 # Of a single run, and of a table.
 _SIGNS_OF_A_RUN = ("checkpoint.pt", "table.json")
 
@@ -112,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     add = out.add_argument_group("jobs and results").add_argument
     add("--out", metavar="DIR", help="default: runs/NET-OPTIMIZER or runs/table")
     add("--resume", action="store_true", help="go on with the run in --out")
+    add("--export", metavar="FILE", help="write the trained network as a packed file")
     add("--table", action="store_true", help="train the poster's five rows under one budget")
     add("--bench", type=_whole(1), metavar="STEPS", help="only measure the time of a step")
     return out
@@ -120,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     given = vars(parser().parse_args(arguments))
-    job = {name: given.pop(name, None) for name in ("out", "resume", "table", "bench", "download")}
+    job = {name: given.pop(name, None) for name in _JOB}
     for stream in (sys.stdout, sys.stderr):  # a terminal that has no γ shows a question mark
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -143,12 +145,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
-    from resnet20 import checkpoint, table
+    from resnet20 import checkpoint, export, table
     from resnet20.bench import bench
     from resnet20.settings import Settings
     from resnet20.training import train
 
     resume = bool(job["resume"])
+    for name in ("table", "bench"):
+        if job["export"] and job[name]:
+            raise UserError(f"--export does not go with --{name}, which trains no single network")
     if not job["bench"]:
         _check_out(out, resume, bool(job["table"]))
     if job["download"]:
@@ -161,11 +166,19 @@ def _run(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
     elif job["table"]:
         table.run_table(given, _load, out, resume)
     else:
+        finished = False
         if resume:
-            settings = Settings.of_checkpoint(checkpoint.load(out)["settings"]).moved(given)
+            stored = checkpoint.load(out)
+            settings = Settings.of_checkpoint(stored["settings"]).moved(given)
+            finished = len(stored["history"]) == settings.epochs
         else:
             settings = Settings.choose(given)
-        train(settings, _load(settings), out, resume)
+        data = _load(settings)
+        if job["export"]:
+            export.check(Path(job["export"]), finished)
+        run = train(settings, data, out, resume)
+        if job["export"]:
+            print(export.export(run, Path(job["export"])), flush=True)
 
 
 def _check_out(out: Path, resume: bool, is_table: bool) -> None:
@@ -216,7 +229,9 @@ def _after_interrupt(job: dict[str, Any], out: Path) -> str:
     if not any((out / name).exists() for name in _SIGNS_OF_A_RUN):
         return "Interrupted before the training; run the same command again."
     command = [Path(sys.executable).name, sys.argv[0], "--out", str(out), "--resume"]
-    return f"Interrupted. To go on: {shlex.join(command + ['--table'] * bool(job['table']))}"
+    command += ["--table"] * bool(job["table"])
+    command += ["--export", job["export"]] if job["export"] else []
+    return f"Interrupted. To go on: {shlex.join(command)}"
 
 
 def _fail(message: str) -> int:

@@ -1,32 +1,26 @@
 """Writing files so that a reader, or a crash, never meets half of one."""
 
 import contextlib
+import glob
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
+
+from dfw_opt import files as atomic
 
 from .errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call ``write`` on a temporary file beside ``path``, sync it, and move it into place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync_directory(path.parent)
+        atomic.write_atomically(path, write)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; "
-            "free some space or choose another --out"
+            f"{path}: {error.strerror}; free some space or choose another --out"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,24 +28,37 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path, option: str = "--out") -> None:
     """Make ``path`` and see that a file can be written there, before any work is done."""
-    probe = path / f".write-test.{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise UserError(
-            f"cannot write to {path}: {error.strerror or error}; choose another --out"
+            f"cannot write to {path}: {error.strerror or error}; choose another {option}"
         ) from error
 
 
-def _sync_directory(path: Path) -> None:
-    # Without this the rename itself may be lost in a power cut. Not every system can do it.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def clear_leftovers(directory: Path, names: Iterable[str]) -> None:
+    """Remove what killed processes had begun to write in place of the files called ``names``."""
+    for name in names:
+        for part in directory.glob(f".{glob.escape(name)}.*.part"):
+            pid = part.name.split(".")[-2].split("-")[0]
+            if pid.isdecimal() and not _is_another_process(int(pid)):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+
+def _is_another_process(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":  # where os.kill kills, but no file that is in use can be removed
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing, only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # someone else's
+        return True
+    return True

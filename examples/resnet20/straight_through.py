@@ -108,6 +108,18 @@ def layers(model: nn.Module) -> list[StraightThroughConv2d]:
     return [module for module in model.modules() if isinstance(module, StraightThroughConv2d)]
 
 
+@torch.no_grad()
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the same network in plain layers: quantized weights, no latents or scales."""
+    state: dict[str, Tensor] = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, StraightThroughConv2d):
+            for own in module.state_dict(prefix=f"{name}."):
+                del state[own]
+            state[f"{name}.weight"] = module.quantized()
+    return state
+
+
 def ternary_zone(latent: Tensor) -> Tensor:
     """1 above the threshold, -1 below minus the threshold, else 0."""
     threshold = THRESHOLD * latent.abs().max()

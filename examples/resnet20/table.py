@@ -62,6 +62,7 @@ def run_table(
     ]
     data = load(rows[0])
     files.make_directory(out)
+    files.clear_leftovers(out, (BUDGET, TABLE, FIGURE))
     # The precision is part of the budget, also if it followed from the hardware.
     budget = given | {"amp": rows[0].amp}
     files.write_text(out / BUDGET, json.dumps(budget, indent=1) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint, files, nets, report
 from .augment import Augmenter
@@ -66,7 +66,7 @@ class Run:
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step on one batch; return the loss and the number of correct answers."""
-        scores = self._scores(images)
+        scores = self._scores(images, self.forward)
         loss = self.criterion(scores, labels)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -120,14 +120,15 @@ class Run:
         return row
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Loss and accuracy on the held-out images."""
-        self.model.eval()
+    def evaluate(self, model: nn.Module | None = None) -> tuple[float, float]:
+        """Loss and accuracy on the held-out images, of the network in training or of ``model``."""
+        (model or self.model).eval()
+        forward = self.forward if model is None else model
         meter = Meter(self.device)
         for first in range(0, len(self._held_out_labels), _EVALUATION_BATCH):
             batch = slice(first, first + _EVALUATION_BATCH)
             labels = self._held_out_labels[batch]
-            scores = self._scores(self.augmenter.normalise(self._held_out_images[batch]))
+            scores = self._scores(self.augmenter.normalise(self._held_out_images[batch]), forward)
             correct = (scores.argmax(1) == labels).sum()
             meter.add(self.criterion(scores, labels), correct, len(labels))
         loss, accuracy, _ = meter.read()
@@ -149,16 +150,21 @@ class Run:
             raise UserError(
                 "the run to resume was on other images; give the --data that it began with"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                "the checkpoint is from another version of this example; choose another --out"
+            ) from error
         self.history = list(state["history"])
         self.watch = WeightWatch(self.model, self.optimizer)
 
-    def _scores(self, images: Tensor) -> Tensor:
+    def _scores(self, images: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         amp = self.settings.amp == "bf16"
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
-                return self.forward(images)
+                return forward(images)
         except RuntimeError as error:
             if self.settings.compile and type(error).__module__.startswith(_COMPILER):
                 raise UserError(
@@ -179,8 +185,9 @@ def train(settings: Settings, data: Data, out: Path, resume: bool) -> Run:
     run = Run(settings, data)
     if resume:
         run.load_state_dict(checkpoint.load(out, settings.device))
-    else:
-        files.make_directory(out)
+    files.make_directory(out)
+    files.clear_leftovers(out, (checkpoint.NAME, report.METRICS, report.CURVES))
+    if not resume:
         checkpoint.save(out, run.state_dict())
     print(describe(run), flush=True)
     while run.epoch < settings.epochs:

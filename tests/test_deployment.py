@@ -1,0 +1,60 @@
+"""What is trained leaves the house: as a graph of torch.export, and as ONNX, with the same scores.
+
+The quantized weights are in the plain model, so nothing of this package has to know about it.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from resnet20 import data
+from resnet20.data import Data
+from resnet20.settings import Settings
+from resnet20.training import Run
+from torch import Tensor, nn
+
+NETS = ("xnor", "ternary")
+BATCH = ({0: torch.export.Dim("batch", min=2, max=1000)},)
+
+
+@pytest.fixture(scope="module", params=NETS)
+def trained(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network after some steps, images, and its scores for them."""
+    digits = data.load(None, limit=800)
+    digits = Data(digits.name, digits.train, digits.held_out.part(0, 50), "test", False)
+    settings = {"device": "cpu", "amp": "off", "batch_size": 16, "epochs": 1}
+    run = Run(Settings.choose(settings | {"net": request.param}), digits)
+    run.train_epoch()
+    model = run.model.eval()
+    images = run.augmenter.normalise(digits.held_out.images)
+    with torch.no_grad():
+        scores = model(images)
+    assert len(scores.argmax(1).unique()) > 2
+    return model, images, scores
+
+
+def test_exported_program(trained: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+    """Through a file, and for batches of another size than the one that was traced."""
+    model, images, scores = trained
+    program = torch.export.export(model, (images[:7],), dynamic_shapes=BATCH)
+    torch.export.save(program, tmp_path / "net.pt2")
+    loaded = torch.export.load(tmp_path / "net.pt2").module()
+    with torch.no_grad():
+        assert torch.equal(loaded(images), scores)
+
+
+def test_onnx(
+    trained: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, images, scores = trained
+    if "xnor" in request.node.callspec.id:
+        request.applymarker(pytest.mark.xfail(reason="ONNX has no copysign", strict=True))
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(model, (images[:7],), path, dynamo=True, dynamic_shapes=BATCH, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {session.get_inputs()[0].name: images.contiguous().numpy()})
+    found = torch.from_numpy(result)
+    torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.argmax(1), scores.argmax(1))
