@@ -69,6 +69,7 @@ class DFW(FrankWolfe):
         eps: float = 1e-5,
         *,
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -78,5 +79,6 @@ class DFW(FrankWolfe):
                 "weight_decay": weight_decay,
                 "eps": eps,
                 "foreach": foreach,
+                "fused": fused,
             },
         )

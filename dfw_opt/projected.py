@@ -78,6 +78,7 @@ class ProjectedDFW(FrankWolfe):
         radius: float | None = 1.0,
         step_size: str = "exact",
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -90,5 +91,6 @@ class ProjectedDFW(FrankWolfe):
                 "radius": radius,
                 "step_size": step_size,
                 "foreach": foreach,
+                "fused": fused,
             },
         )

@@ -63,6 +63,7 @@ class TernaryDFW(FrankWolfe):
         radius: float | None = 1.0,
         step_size: str = "exact",
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -76,5 +77,6 @@ class TernaryDFW(FrankWolfe):
                 "radius": radius,
                 "step_size": step_size,
                 "foreach": foreach,
+                "fused": fused,
             },
         )

@@ -128,13 +128,13 @@ def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> T
     """What the parameter must hold, from the optimizer's state alone."""
     state = optimizer.state[p]
     if group["quantizer"] == "binary":
-        return binary.quantize(state["latent"], state["unit"]).to(p.dtype)
+        return binary.quantize(state["latent"], state["unit"], state["scale"]).to(p.dtype)
     return ternary.quantize(
         state["latent"],
         state["unit"],
         state["scale_pos"],
         state["scale_neg"],
-        group["threshold"],
+        state["delta"],
     ).to(p.dtype)
 
 
