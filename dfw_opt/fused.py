@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
 from dfw_opt import native
 from dfw_opt.checkpoint import momentum_key
@@ -29,29 +30,28 @@ KINDS = {None: 0, "binary": 1, "ternary": 2}
 """The enumeration of step.c by quantizer."""
 
 _SCALES = ("scale_pos", "scale_neg")
-_OWN = ("unit", "scale", "delta", *_SCALES)
-"""State that the kernels read, or write, in the order of step.c."""
-# As Tensor in step.c, and where some of its fields are.
-_TENSOR = struct.Struct("2q 11P 4d")
-_MOMENTUM, _SCALE_MOMENTUM = 32, 88
+_POINTERS = (
+    *("unit", "scale", "delta", *_SCALES, "momentum_buffer"),
+    *("scale_pos_momentum_buffer", "scale_neg_momentum_buffer"),
+)
+"""State that the kernels read or write, in the order of Tensor in step.c."""
+_TENSOR = struct.Struct(f"2q 3P {len(_POINTERS)}P 4d")
+_OFFSETS = {key: 40 + 8 * index for index, key in enumerate(_POINTERS)}
 _POINTER = struct.Struct("P")
+_NO_SUMS = (0.0,) * 4
 
 
 def fits(p: Tensor, state: Mapping[str, Tensor]) -> bool:
     """Whether the kernels can do ``p``: all its tensors are float32, dense, and laid out alike."""
-    g = p.grad
-    assert g is not None
-    like = [g, *(x for name, x in state.items() if name in ("latent", "momentum_buffer"))]
-    return (
-        p.device.type == "cpu"
-        and type(g) is Tensor
-        and p.numel() > 0
-        and _dense(p)
-        and all(
-            x.dtype == torch.float32 and x.device == p.device and x.stride() == p.stride()
-            for x in (p, *like)
-        )
-    )
+    if p.device.type != "cpu" or p.dtype != torch.float32 or not (p.numel() and _dense(p)):
+        return False
+    stride = p.stride()
+    for tensor in (p.grad, state.get("latent"), state.get("momentum_buffer")):
+        if tensor is not None and not (
+            tensor.dtype == torch.float32 and tensor.stride() == stride and not _wrapped(tensor)
+        ):
+            return False
+    return True
 
 
 class FusedVariables:
@@ -66,18 +66,11 @@ class FusedVariables:
         params: list[Tensor],
         states: list[dict[str, Tensor]],
     ) -> None:
-        self.kernels, self.bounds = kernels, bounds
+        self.kernels, self.bounds, self.keeps = kernels, bounds, keeps
         self.params, self.states = params, states
         self.quantizer = group.get("quantizer")
-        self.momentum = group["momentum"] if keeps else None
         self.searched = group.get("step_size") == "exact" and bounds != UNBOUNDED
-        self.latents = [s["latent"] for s in states] if self.quantizer else params
-        self.owners = [(p, momentum_key("")) for p in params]
-        self.values = list(self.latents)
-        for key in _SCALES if self.quantizer == "ternary" else ():
-            self.owners += [(p, momentum_key(key)) for p in params]
-            self.values += [s[key] for s in states]
-        self.buffers: list[Tensor] = []
+        self.values = [s["latent"] for s in states] if self.quantizer else params
         self.settings = native.Settings(
             lr=float(group["lr"]),
             weight_decay=group["weight_decay"],
@@ -110,7 +103,7 @@ class FusedVariables:
         return (
             self.settings.lr * self.settings.weight_decay <= 1
             and self.largest <= self.bounds[1]
-            and all(v >= ternary.SCALE_MIN for v in self.values[len(self.params) :])
+            and all(s[key] >= ternary.SCALE_MIN for s in self.states for key in _SCALES if key in s)
         )
 
     def slope(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,34 +117,37 @@ class FusedVariables:
         return _scalar(slope), _scalar(-self.settings.lr * squares)
 
     def move(self, gamma: Tensor) -> None:
-        """As :func:`dfw_opt.update.move`, and writes the quantized weights."""
+        """As :meth:`dfw_opt.update.Variables.move`, and writes the quantized weights."""
         self.settings.gamma = float(gamma)
-        self._point_to_momentum()
+        if self.keeps:
+            self._start_momentum()
         self._run("move")
         if self.quantizer == "ternary":
             self._call("scales_move", ctypes.byref(self.settings))
             self._call("thresholds", ctypes.byref(self.settings), self.out)
             self._run("write_ternary")
-        for changed in (*self.params, *self.values, *self.buffers):
-            increment_version(changed)
+        increment_version(self.params)
 
     def _described(self, p: Tensor, state: Mapping[str, Tensor]) -> bytes:
         assert p.grad is not None
-        g, v = p.grad.data_ptr(), (state["latent"] if self.quantizer else p).data_ptr()
+        latent = state.get("latent", p)
+        pointers = [state[key].data_ptr() if key in state else 0 for key in _POINTERS]
         rows = p.shape[0] if self.quantizer == "binary" else 1
-        own = [state[key].data_ptr() if key in state else 0 for key in _OWN]
-        weight = p.data_ptr() if self.quantizer else 0
-        return _TENSOR.pack(rows, p.numel() // rows, g, v, 0, weight, *own, 0, 0, *[0.0] * 4)
+        return _TENSOR.pack(
+            *(rows, p.numel() // rows, p.grad.data_ptr(), latent.data_ptr(), p.data_ptr()),
+            *pointers,
+            *_NO_SUMS,
+        )
 
-    def _point_to_momentum(self) -> None:
-        count = len(self.params)
-        for number, buffer in enumerate(self.buffers):
-            place, index = divmod(number, count)
-            field = _MOMENTUM if place == 0 else _SCALE_MOMENTUM + (place - 1) * _POINTER.size
-            self._point(index, field, buffer)
-
-    def _point(self, index: int, field: int, tensor: Tensor) -> None:
-        _POINTER.pack_into(self.tensors, index * _TENSOR.size + field, tensor.data_ptr())
+    def _start_momentum(self) -> None:
+        variables = ("latent", *_SCALES) if self.quantizer == "ternary" else ("latent",)
+        for index, (p, state) in enumerate(zip(self.params, self.states, strict=True)):
+            for variable in variables:
+                key = momentum_key(variable)
+                if key not in state:
+                    state[key] = torch.zeros_like(state.get(variable, p))
+                    place = index * _TENSOR.size + _OFFSETS[key]
+                    _POINTER.pack_into(self.tensors, place, state[key].data_ptr())
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return getattr(self.kernels, f"dfw_{name}")(self.address, len(self.params), *arguments)
@@ -168,6 +164,11 @@ class FusedVariables:
 
     def _total(self, output: int) -> float:
         return math.fsum(self.out[output :: native.OUTPUTS])
+
+
+def _wrapped(tensor: Tensor) -> bool:
+    """Whether it is of a class of its own, which may have no memory to point to."""
+    return type(tensor) not in (Tensor, Parameter)
 
 
 def _dense(p: Tensor) -> bool:

@@ -18,7 +18,7 @@ from dfw_opt import native
 from dfw_opt.checkpoint import check_checkpoint, momentum_key
 from dfw_opt.fused import KINDS, LEAST_ELEMENTS, FusedVariables, fits
 from dfw_opt.quantizers import QUANTIZERS, Pulled, State
-from dfw_opt.step_size import closed_form, maximize, readable
+from dfw_opt.step_size import climb, closed_form, maximize, readable
 from dfw_opt.update import UNBOUNDED, Bounds, Variables, wide
 from dfw_opt.validate import check_hyperparameters, check_parameters
 
@@ -224,7 +224,7 @@ class FrankWolfe(Optimizer):
     def _current_state(self, p: Tensor, group: dict[str, Any]) -> State:
         """The state of ``p``, whose quantizer has been started; empty if it has none yet."""
         if group.get("quantizer") is None:
-            return self._state_of(p) if p in self.state else {}
+            return self._state_of(p)
         quantizer = QUANTIZERS[group["quantizer"]]
         state = self._state_of(p)
         if "latent" not in state:
@@ -264,12 +264,14 @@ class FrankWolfe(Optimizer):
         r"""The one :math:`\gamma` of this step."""
         eps = self.param_groups[0]["eps"]
         boxed = [batch for batch in batches if batch.searched]
-        if not boxed or readable(ell):
-            unboxed = closed_form(ell, *_totals(terms, ell), eps)
-            # From inside the box the exact root is never below the closed form's, and the slope at
-            # 0 is the same: if that is an end point, so is the other.
-            if not boxed or (unboxed in (0, 1) and all(batch.inside() for batch in boxed)):
-                return unboxed
+        unboxed = closed_form(ell, *_totals(terms, ell), eps)
+        if not boxed:
+            return unboxed
+        # From inside the box the exact root is never below the closed form's, and the slope at 0
+        # is the same: if that is an end point, so is the other.
+        inside = readable(ell) and all(batch.inside() for batch in boxed)
+        if inside and unboxed in (0, 1):
+            return unboxed
         straight = [t for batch, t in zip(batches, terms, strict=True) if not batch.searched]
         decay, curvature = _totals(straight, ell)
 
@@ -280,10 +282,13 @@ class FrankWolfe(Optimizer):
                 total, bend = total + s.to(ell), bend + b.to(ell)
             return total, bend
 
-        return maximize(slope, like=ell)
+        return climb(slope, unboxed) if inside else maximize(slope, like=ell)
 
     def _update(self, batches: Sequence[Batch], gamma: Tensor, finite: Tensor) -> None:
         for batch in batches:
+            if isinstance(batch, FusedVariables):  # on the CPU, so nothing is there to be undone
+                batch.move(gamma)
+                continue
             batch.buffers = self._momentum_buffers(batch)
             # Where Python cannot know whether all is finite, the old values are kept on the device.
             changing = [] if readable(finite) else batch.values + batch.buffers
@@ -340,15 +345,16 @@ class FrankWolfe(Optimizer):
                 stacklevel=2,
             )
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
+    def _state_of(self, p: Tensor) -> State:
         """The state of ``p``, moved along if the model has been moved to another device."""
-        state: dict[str, Any] = self.state[p]
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.device != p.device:
+        state: State = self.state[p]
+        # All of it is on one device.
+        if state and next(iter(state.values())).device != p.device:
+            for key, value in state.items():
                 state[key] = value.to(p.device)
         return state
 
-    def _momentum_buffers(self, batch: Batch) -> list[Tensor]:
+    def _momentum_buffers(self, batch: Variables) -> list[Tensor]:
         if batch.momentum is None:
             return []
         buffers = []

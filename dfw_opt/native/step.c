@@ -24,13 +24,14 @@ enum { LANES = 32, CHUNK = 4096, UNIT = 1 << 16, OUTPUTS = 7 };
 typedef struct {
     int64_t rows, columns;
     const float *gradient;
-    float *value;    /* the parameter, or its latent */
-    float *momentum; /* or NULL */
-    float *weight;   /* what the network sees, if it is not the value */
-    const float *unit; /* or NULL for 1 */
-    float *mean;       /* binary: a, the mean |u| of each row */
-    float *delta;      /* ternary: the threshold */
-    float *scale[2], *scale_momentum[2]; /* ternary: W_p, W_n */
+    float *value;  /* the parameter, or its latent */
+    float *weight; /* the parameter: what the network sees */
+    /* From here on NULL where there is none. */
+    const float *unit;
+    float *mean;     /* binary: a, the mean |u| of each row */
+    float *delta;    /* ternary: the threshold */
+    float *scale[2]; /* ternary: W_p, W_n */
+    float *momentum, *scale_momentum[2];
     double sum[2], count[2]; /* ternary: of the gradients in the two zones, and their numbers */
 } Tensor;
 
@@ -72,25 +73,28 @@ INLINE float largest_of(float *lanes) {
     return lanes[0];
 }
 
-/* sum e^2, sum e v, max |v| */
-INLINE void span_sums(int kind, Row row, const float *g, const float *v, int64_t n, double *out) {
+/* sum e^2; and, if wanted, sum e v and max |v| */
+INLINE void span_sums(int kind, int all, Row row, const float *g, const float *v, int64_t n,
+                      double *out) {
     for (int64_t start = 0; start < n; start += CHUNK) {
         int64_t end = least(start + CHUNK, n), whole = end - (end - start) % LANES;
         float squares[LANES] = {0}, products[LANES] = {0}, largest[LANES] = {0};
         for (int64_t i = start; i < whole; i += LANES)
             for (int k = 0; k < LANES; k++) {
-                float x = v[i + k], e = pull_back(kind, row, g[i + k], x);
+                float x = all ? v[i + k] : 0, e = pull_back(kind, row, g[i + k], x);
                 squares[k] += e * e;
+                if (!all) continue;
                 products[k] += e * x;
                 largest[k] = larger(fabsf(x), largest[k]);
             }
         for (int64_t i = whole; i < end; i++) {
-            float e = pull_back(kind, row, g[i], v[i]);
+            float x = all ? v[i] : 0, e = pull_back(kind, row, g[i], x);
             squares[0] += e * e;
-            products[0] += e * v[i];
-            largest[0] = larger(fabsf(v[i]), largest[0]);
+            products[0] += e * x;
+            largest[0] = larger(fabsf(x), largest[0]);
         }
         out[0] += total(squares);
+        if (!all) continue;
         out[1] += total(products);
         float most = largest_of(largest);
         out[2] = most > out[2] ? most : out[2];
@@ -269,7 +273,12 @@ INLINE void sums(int kind, Tensor *tensors, int64_t count, const Settings *s, in
         for (int k = 0; k < OUTPUTS; k++) o[k] = 0;
         FOR_ROWS(kind) {
             Row row = row_of(kind, t, i, width);
-            span_sums(kind, row, t->gradient + i, t->value + i, width, o);
+            const float *g = t->gradient + i, *v = t->value + i;
+            /* A float parameter without bounds or decay need not be read. */
+            if (kind == FLOAT && isinf(s->upper) && s->weight_decay == 0)
+                span_sums(kind, 0, row, g, v, width, o);
+            else
+                span_sums(kind, 1, row, g, v, width, o);
             if (kind == TERNARY) span_zones(row, t->gradient + i, t->value + i, width, o + 3);
         }
         o[1] *= unit_of(t);
