@@ -16,6 +16,13 @@ from torch.optim import Optimizer
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW
 from dfw_opt.quantizers import binary, ternary
 
+PATHS: dict[str, dict[str, Any]] = {
+    "single": {"foreach": False},
+    "multi": {"foreach": True},
+    "fused": {"fused": True},
+}
+"""The three implementations of a step, by the settings that ask for them."""
+
 FLOAT_GROUP: dict[str, Any] = {"quantizer": None, "radius": None}
 
 
