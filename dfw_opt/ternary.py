@@ -30,6 +30,7 @@ class TernaryDFW(FrankWolfe):
         radius: :math:`R`, as in :class:`ProjectedDFW`.
         step_size: as in :class:`ProjectedDFW`.
         foreach: as in :class:`DFW`.
+        fused: as in :class:`DFW`.
 
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
