@@ -32,23 +32,24 @@ class FrankWolfe(Optimizer):
 
     Attributes:
         gamma: the last step's :math:`\gamma`, a 0-dim tensor on the device of the parameters; NaN
-            if that step was skipped, ``None`` before the first. Reading its value waits for the
-            device.
+            if that step was skipped, or there was none. Reading its value waits for the device.
+            Each step makes a new tensor, but under :func:`torch.compile` it overwrites the old one.
         skipped_steps: how many steps changed nothing because the loss or a gradient was NaN or
             infinite, a 0-dim integer tensor.
     """
 
-    gamma: Tensor | None
+    gamma: Tensor
     skipped_steps: Tensor
     _ready = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self.gamma = None
         # At which version of its tensor a quantized parameter was last written.
         self._written: dict[Tensor, int] = {}
         super().__init__(params, defaults)
         devices = [p.device for group in self.param_groups for p in group["params"]]
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=next(iter(devices), None))
+        device = next(iter(devices), None)
+        self.gamma = torch.full((), torch.nan, device=device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         # Only once every group is known to be good: a failed construction must not leave
         # quantized weights behind.
         for group in self.param_groups:
@@ -118,9 +119,8 @@ class FrankWolfe(Optimizer):
         ell = _scalar(given, batches)
         terms = [tuple(term.to(ell) for term in batch.sums()) for batch in batches]
         finite = torch.stack([ell, *(x for term in terms for x in term)]).isfinite().all()
-        self.skipped_steps = self.skipped_steps.to(finite.device) + ~finite
         if readable(finite) and not finite:
-            self.gamma = torch.full_like(ell, torch.nan)
+            self._report(torch.full_like(ell, torch.nan), finite)
             return given
 
         gamma = self._search(ell, batches, terms)
@@ -130,7 +130,7 @@ class FrankWolfe(Optimizer):
         }
         for group in self.param_groups:
             self._quantize(group, written)
-        self.gamma = torch.where(finite, gamma, torch.nan)
+        self._report(torch.where(finite, gamma, torch.nan), finite)
         return given
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -284,6 +284,14 @@ class FrankWolfe(Optimizer):
 
         return climb(slope, unboxed) if inside else maximize(slope, like=ell)
 
+    def _report(self, gamma: Tensor, finite: Tensor) -> None:
+        if torch.compiler.is_compiling():  # which loses what is assigned to an optimizer
+            self.gamma.copy_(gamma)
+            self.skipped_steps.add_(~finite)
+        else:
+            self.gamma = gamma
+            self.skipped_steps = self.skipped_steps.to(finite.device) + ~finite
+
     def _update(self, batches: Sequence[Batch], gamma: Tensor, finite: Tensor) -> None:
         for batch in batches:
             if isinstance(batch, FusedVariables):  # on the CPU, so nothing is there to be undone
@@ -302,7 +310,7 @@ class FrankWolfe(Optimizer):
         if group.get("quantizer") is not None:
             for p in group["params"]:
                 if p in written:
-                    self._written[p] = p._version
+                    self._note_written(p)
                 elif p.grad is not None:
                     state = self.state[p]
                     for key, value in QUANTIZERS[group["quantizer"]].derive(state, group).items():
@@ -329,12 +337,18 @@ class FrankWolfe(Optimizer):
 
     def _publish(self, p: Tensor, group: dict[str, Any]) -> None:
         p.copy_(QUANTIZERS[group["quantizer"]].quantize(self.state[p], group))
-        self._written[p] = p._version
+        self._note_written(p)
+
+    def _note_written(self, p: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self._written[p] = p._version
 
     def _warn_if_overwritten(self, p: Tensor, group: dict[str, Any]) -> None:
         """Values that others put into a quantized parameter are about to be lost: say so."""
+        if torch.compiler.is_compiling():
+            return
         version = self._written.get(p)
-        if version is None or version == p._version or torch.compiler.is_compiling():
+        if version is None or version == p._version:
             return
         self._written[p] = p._version
         if not torch.equal(p, QUANTIZERS[group["quantizer"]].quantize(self.state[p], group).to(p)):
@@ -349,7 +363,8 @@ class FrankWolfe(Optimizer):
         """The state of ``p``, moved along if the model has been moved to another device."""
         state: State = self.state[p]
         # All of it is on one device.
-        if state and next(iter(state.values())).device != p.device:
+        main = state.get("latent", state.get("momentum_buffer"))
+        if main is not None and main.device != p.device:
             for key, value in state.items():
                 state[key] = value.to(p.device)
         return state
