@@ -73,26 +73,36 @@ INLINE float largest_of(float *lanes) {
     return lanes[0];
 }
 
+/* Runs through n elements in chunks, and through a chunk in lanes, doing what is in the brackets
+   with element i in lane k. The chunk's rest, shorter than all lanes, is a loop of its own, so that the
+   other has a length that the compiler knows. */
+#define IN_LANES(...)                                                                          \
+    for (int64_t block = start; block < whole; block += LANES)                                 \
+        for (int k = 0; k < LANES; k++) {                                                      \
+            int64_t i = block + k;                                                             \
+            __VA_ARGS__                                                                        \
+        }                                                                                      \
+    for (int k = 0; k < end - whole; k++) {                                                    \
+        int64_t i = whole + k;                                                                 \
+        __VA_ARGS__                                                                            \
+    }
+#define FOR_CHUNKS(n)                                                                          \
+    for (int64_t start = 0, end = least(CHUNK, n), whole = end - end % LANES; start < n;       \
+         start = end, end = least(end + CHUNK, n), whole = end - (end - start) % LANES)
+
 /* sum e^2; and, if wanted, sum e v and max |v| */
 INLINE void span_sums(int kind, int all, Row row, const float *g, const float *v, int64_t n,
                       double *out) {
-    for (int64_t start = 0; start < n; start += CHUNK) {
-        int64_t end = least(start + CHUNK, n), whole = end - (end - start) % LANES;
+    FOR_CHUNKS(n) {
         float squares[LANES] = {0}, products[LANES] = {0}, largest[LANES] = {0};
-        for (int64_t i = start; i < whole; i += LANES)
-            for (int k = 0; k < LANES; k++) {
-                float x = all ? v[i + k] : 0, e = pull_back(kind, row, g[i + k], x);
-                squares[k] += e * e;
-                if (!all) continue;
+        IN_LANES({
+            float x = all ? v[i] : 0, e = pull_back(kind, row, g[i], x);
+            squares[k] += e * e;
+            if (all) {
                 products[k] += e * x;
                 largest[k] = larger(fabsf(x), largest[k]);
             }
-        for (int64_t i = whole; i < end; i++) {
-            float x = all ? v[i] : 0, e = pull_back(kind, row, g[i], x);
-            squares[0] += e * e;
-            products[0] += e * x;
-            largest[0] = larger(fabsf(x), largest[0]);
-        }
+        })
         out[0] += total(squares);
         if (!all) continue;
         out[1] += total(products);
@@ -104,25 +114,16 @@ INLINE void span_sums(int kind, int all, Row row, const float *g, const float *v
 /* c sum e (v(gamma) - v), and sum e^2 over the elements that a larger gamma still moves */
 INLINE void span_slope(int kind, Row row, float c, float lower, float upper, float decay,
                        float reach, const float *g, const float *v, int64_t n, double *out) {
-    float decayed = decay, scaled = reach / c;
-    for (int64_t start = 0; start < n; start += CHUNK) {
-        int64_t end = least(start + CHUNK, n), whole = end - (end - start) % LANES;
+    float scaled = reach / c;
+    FOR_CHUNKS(n) {
         float slopes[LANES] = {0}, bends[LANES] = {0};
-#define ELEMENT(i, k)                                                                   \
-    float x = v[i], e = pull_back(kind, row, g[i], x);                                  \
-    float step = -(decayed * x + scaled * e), below = lower - x, above = upper - x;     \
-    float taken = smaller(larger(step, below), above);                                  \
-    float edge = e > 0 ? below : above;                                                 \
-    slopes[k] += e * taken;                                                             \
-    bends[k] += (taken == step && step != edge) ? e * e : 0.0f;
-        for (int64_t i = start; i < whole; i += LANES)
-            for (int k = 0; k < LANES; k++) {
-                ELEMENT(i + k, k)
-            }
-        for (int64_t i = whole; i < end; i++) {
-            ELEMENT(i, 0)
-        }
-#undef ELEMENT
+        IN_LANES({
+            float x = v[i], e = pull_back(kind, row, g[i], x);
+            float step = -(decay * x + scaled * e), below = lower - x, above = upper - x;
+            float taken = smaller(larger(step, below), above), edge = e > 0 ? below : above;
+            slopes[k] += e * taken;
+            bends[k] += (taken == step && step != edge) ? e * e : 0.0f;
+        })
         out[0] += c * total(slopes);
         out[1] += total(bends);
     }
@@ -149,12 +150,9 @@ INLINE void span_move(int kind, Row row, float c, float lower, float upper, floa
 /* sum g sign(u) */
 INLINE double agreement(const float *g, const float *u, int64_t n) {
     double sum = 0;
-    for (int64_t start = 0; start < n; start += CHUNK) {
-        int64_t end = least(start + CHUNK, n), whole = end - (end - start) % LANES;
+    FOR_CHUNKS(n) {
         float lanes[LANES] = {0};
-        for (int64_t i = start; i < whole; i += LANES)
-            for (int k = 0; k < LANES; k++) lanes[k] += u[i + k] >= 0 ? g[i + k] : -g[i + k];
-        for (int64_t i = whole; i < end; i++) lanes[0] += u[i] >= 0 ? g[i] : -g[i];
+        IN_LANES({ lanes[k] += u[i] >= 0 ? g[i] : -g[i]; })
         sum += total(lanes);
     }
     return sum;
@@ -163,19 +161,12 @@ INLINE double agreement(const float *g, const float *u, int64_t n) {
 /* sum |u|, max |u| */
 INLINE void span_magnitudes(const float *u, int64_t n, double *sum, double *most) {
     *sum = *most = 0;
-    for (int64_t start = 0; start < n; start += CHUNK) {
-        int64_t end = least(start + CHUNK, n), whole = end - (end - start) % LANES;
+    FOR_CHUNKS(n) {
         float lanes[LANES] = {0}, largest[LANES] = {0};
-        for (int64_t i = start; i < whole; i += LANES)
-            for (int k = 0; k < LANES; k++) {
-                float x = fabsf(u[i + k]);
-                lanes[k] += x;
-                largest[k] = larger(x, largest[k]);
-            }
-        for (int64_t i = whole; i < end; i++) {
-            lanes[0] += fabsf(u[i]);
-            largest[0] = larger(fabsf(u[i]), largest[0]);
-        }
+        IN_LANES({
+            lanes[k] += fabsf(u[i]);
+            largest[k] = larger(fabsf(u[i]), largest[k]);
+        })
         float top = largest_of(largest);
         *sum += total(lanes);
         *most = top > *most ? top : *most;
@@ -184,23 +175,15 @@ INLINE void span_magnitudes(const float *u, int64_t n, double *sum, double *most
 
 /* Sums of g, and numbers of weights, in the zones above delta and below -delta. */
 INLINE void span_zones(Row row, const float *g, const float *u, int64_t n, double *out) {
-    for (int64_t start = 0; start < n; start += CHUNK) {
-        int64_t end = least(start + CHUNK, n), whole = end - (end - start) % LANES;
+    FOR_CHUNKS(n) {
         float above[LANES] = {0}, below[LANES] = {0};
         int32_t many[LANES] = {0}, few[LANES] = {0};
-        for (int64_t i = start; i < whole; i += LANES)
-            for (int k = 0; k < LANES; k++) {
-                above[k] += u[i + k] > row.delta ? g[i + k] : 0.0f;
-                below[k] += u[i + k] < -row.delta ? g[i + k] : 0.0f;
-                many[k] += u[i + k] > row.delta;
-                few[k] += u[i + k] < -row.delta;
-            }
-        for (int64_t i = whole; i < end; i++) {
-            above[0] += u[i] > row.delta ? g[i] : 0.0f;
-            below[0] += u[i] < -row.delta ? g[i] : 0.0f;
-            many[0] += u[i] > row.delta;
-            few[0] += u[i] < -row.delta;
-        }
+        IN_LANES({
+            above[k] += u[i] > row.delta ? g[i] : 0.0f;
+            below[k] += u[i] < -row.delta ? g[i] : 0.0f;
+            many[k] += u[i] > row.delta;
+            few[k] += u[i] < -row.delta;
+        })
         out[0] += total(above);
         out[1] += total(below);
         for (int k = 0; k < LANES; k++) {
