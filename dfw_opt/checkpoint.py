@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dfw_opt.quantizers import QUANTIZERS
 from dfw_opt.validate import SETTINGS, check_hyperparameters
 
 __all__ = ["check_checkpoint", "momentum_key"]
-
-# State of a quantized parameter that is not trained.
-_CONSTANTS = ("unit",)
 
 
 def momentum_key(variable: str) -> str:
@@ -72,21 +70,29 @@ def _check_state(
     state: Mapping[str, Any], p: Tensor, saved: Mapping[str, Any], number: int
 ) -> None:
     where = f"the checkpoint's state of a parameter of shape {tuple(p.shape)} in group {number}"
-    quantizer = saved.get("quantizer")
-    variables = [""] if quantizer is None else list(QUANTIZERS[quantizer].variables)
-    required = [] if quantizer is None else [*variables, *_CONSTANTS]
-    if p.requires_grad and not set(required) <= set(state):
+    shapes = _state_shapes(p, saved)
+    if p.requires_grad and not set(shapes) <= set(state):
         raise ValueError(
-            f"{where} lacks {sorted(set(required) - set(state))}; if it was frozen when this was "
+            f"{where} lacks {sorted(set(shapes) - set(state))}; if it was frozen when this was "
             "saved: freeze it, load, then unfreeze"
         )
-    unknown = set(state) - set(required) - {momentum_key(variable) for variable in variables}
+    trained = [""] if saved.get("quantizer") is None else QUANTIZERS[saved["quantizer"]].variables
+    shapes |= {momentum_key(key): shapes.get(key, p.shape) for key in trained}
+    unknown = set(state) - set(shapes)
     if unknown:
         raise ValueError(f"{where} is of another optimizer: it holds {sorted(unknown)}")
     for key, value in state.items():
-        shape = p.shape if key in ("latent", "momentum_buffer") else ()
+        shape = shapes[key]
         if not isinstance(value, Tensor) or value.shape != shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{where} has {key} of shape {found}, not {tuple(shape)}")
         if not value.is_floating_point():
             raise ValueError(f"{where} has {key} of dtype {value.dtype}, not floating point")
+
+
+def _state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """What a quantizer keeps for ``p``."""
+    if group.get("quantizer") is None:
+        return {}
+    started = QUANTIZERS[group["quantizer"]].start(torch.empty_like(p, device="meta"), group)
+    return {key: value.shape for key, value in started.items()}

@@ -42,6 +42,11 @@ class DFW(FrankWolfe):
             counts.
         foreach: whether to use torch's multi-tensor kernels; ``None`` means yes. The other path is
             the same step, one tensor at a time.
+        fused: whether to use kernels of our own, which move as little memory as the step needs.
+            They do float32 parameters on the CPU, where there is a C compiler; all else is done as
+            ``foreach`` says. ``None`` means yes for models of 65,536 elements or more, unless
+            ``foreach`` is given. The first such step on a machine waits about a second for the
+            compiler.
 
     Raises:
         TypeError: a parameter is complex.
@@ -69,6 +74,7 @@ class DFW(FrankWolfe):
         eps: float = 1e-5,
         *,
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -78,5 +84,6 @@ class DFW(FrankWolfe):
                 "weight_decay": weight_decay,
                 "eps": eps,
                 "foreach": foreach,
+                "fused": fused,
             },
         )

@@ -4,8 +4,9 @@ Data flows one way: gradients → pull-back → :math:`\gamma` → update → qu
 the latents, in its state; the model holds the quantized weights, at all times.
 """
 
+import ctypes
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any, overload
 
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from dfw_opt import native
 from dfw_opt.checkpoint import check_checkpoint, momentum_key
-from dfw_opt.quantizers import QUANTIZERS, Pulled
-from dfw_opt.step_size import closed_form, maximize, readable
-from dfw_opt.update import UNBOUNDED, Bounds, Variables, move, slope_in_box, sums, wide
+from dfw_opt.fused import KINDS, LEAST_ELEMENTS, FusedVariables, fits
+from dfw_opt.quantizers import QUANTIZERS, Pulled, State
+from dfw_opt.step_size import climb, closed_form, maximize, readable
+from dfw_opt.update import UNBOUNDED, Bounds, Variables, wide
 from dfw_opt.validate import check_hyperparameters, check_parameters
 
 __all__ = ["FrankWolfe"]
+
+Batch = Variables | FusedVariables
 
 
 class FrankWolfe(Optimizer):
@@ -27,23 +32,24 @@ class FrankWolfe(Optimizer):
 
     Attributes:
         gamma: the last step's :math:`\gamma`, a 0-dim tensor on the device of the parameters; NaN
-            if that step was skipped, ``None`` before the first. Reading its value waits for the
-            device.
+            if that step was skipped, or there was none. Reading its value waits for the device.
+            Each step makes a new tensor, but under :func:`torch.compile` it overwrites the old one.
         skipped_steps: how many steps changed nothing because the loss or a gradient was NaN or
             infinite, a 0-dim integer tensor.
     """
 
-    gamma: Tensor | None
+    gamma: Tensor
     skipped_steps: Tensor
     _ready = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self.gamma = None
         # At which version of its tensor a quantized parameter was last written.
         self._written: dict[Tensor, int] = {}
         super().__init__(params, defaults)
         devices = [p.device for group in self.param_groups for p in group["params"]]
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=next(iter(devices), None))
+        device = next(iter(devices), None)
+        self.gamma = torch.full((), torch.nan, device=device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         # Only once every group is known to be good: a failed construction must not leave
         # quantized weights behind.
         for group in self.param_groups:
@@ -108,20 +114,23 @@ class FrankWolfe(Optimizer):
         given = _evaluate(type(self).__name__, closure, loss)
         self._check_gradients()
 
-        batches = [batch for group in self.param_groups for batch in self._pull_back(group)]
+        kernels = self._kernels()
+        batches = [b for group in self.param_groups for b in self._pull_back(group, kernels)]
         ell = _scalar(given, batches)
-        terms = [tuple(term.to(ell) for term in sums(batch)) for batch in batches]
+        terms = [tuple(term.to(ell) for term in batch.sums()) for batch in batches]
         finite = torch.stack([ell, *(x for term in terms for x in term)]).isfinite().all()
-        self.skipped_steps = self.skipped_steps.to(finite.device) + ~finite
         if readable(finite) and not finite:
-            self.gamma = torch.full_like(ell, torch.nan)
+            self._report(torch.full_like(ell, torch.nan), finite)
             return given
 
         gamma = self._search(ell, batches, terms)
         self._update(batches, gamma, finite)
+        written = {
+            p for batch in batches if isinstance(batch, FusedVariables) for p in batch.params
+        }
         for group in self.param_groups:
-            self._quantize(group)
-        self.gamma = torch.where(finite, gamma, torch.nan)
+            self._quantize(group, written)
+        self._report(torch.where(finite, gamma, torch.nan), finite)
         return given
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -160,6 +169,7 @@ class FrankWolfe(Optimizer):
         self.__dict__.setdefault("_written", {})
         for group in self.param_groups:
             group.setdefault("foreach", None)
+            group.setdefault("fused", None)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own keeps three attributes only.
@@ -177,38 +187,44 @@ class FrankWolfe(Optimizer):
                         f"shape {tuple(p.shape)}); make the layer with sparse=False"
                     )
 
-    def _pull_back(self, group: dict[str, Any]) -> list[Variables]:
+    def _kernels(self) -> ctypes.CDLL | None:
+        """The compiled kernels, if some group is to use them."""
+        if torch.compiler.is_compiling():
+            return None
+        wanted = [group["fused"] for group in self.param_groups]
+        if None in wanted and True not in wanted:
+            automatic = (g["params"] for g in self.param_groups if _fused(g))
+            if sum(p.numel() for params in automatic for p in params) < LEAST_ELEMENTS:
+                return None
+        return native.library() if any(map(_fused, self.param_groups)) else None
+
+    def _pull_back(self, group: dict[str, Any], kernels: ctypes.CDLL | None) -> list[Batch]:
         """The variables of ``group`` that have a gradient, in batches that can be treated alike."""
-        batches: dict[Any, Variables] = {}
+        fused: dict[bool, tuple[list[Tensor], list[State]]] = {}
+        others: dict[Any, Variables] = {}
+        if not _fused(group) or group.get("quantizer") not in KINDS:
+            kernels = None
         for p in group["params"]:
             if p.grad is None:
                 continue
-            for key, value, pulled, own_bounds in self._variables(p, group):
-                bounds = own_bounds or _box(group)
-                buffer = momentum_key(key)
-                keeps = group["momentum"] != 0 or buffer in self.state.get(p, ())
-                kind = (value.device, value.dtype, bounds, own_bounds is None, keeps)
-                if kind not in batches:
-                    batches[kind] = Variables(
-                        lr=_scalar_lr(group["lr"]),
-                        # A scale is not pulled towards 0: two levels would merge.
-                        weight_decay=group["weight_decay"] if own_bounds is None else 0.0,
-                        momentum=group["momentum"] if keeps else None,
-                        bounds=bounds,
-                        exact=group.get("step_size") == "exact",
-                        foreach=group["foreach"] is not False,
-                    )
-                batches[kind].add(value, pulled, (p, buffer))
-        return list(batches.values())
+            state = self._current_state(p, group)
+            if kernels is not None and fits(p, state):
+                params, states = fused.setdefault(_keeps(group, state, "latent"), ([], []))
+                params.append(p)
+                states.append(state)
+            else:
+                self._add_variables(others, p, state, group)
+        compiled = [
+            FusedVariables(kernels, group, _box(group), keeps, *those)
+            for keeps, those in fused.items()
+            if kernels is not None
+        ]
+        return [*compiled, *others.values()]
 
-    def _variables(
-        self, p: Tensor, group: dict[str, Any]
-    ) -> Iterator[tuple[str, Tensor, Pulled, Bounds | None]]:
-        """What is trained for ``p``: state key, value, gradient with metric, own bounds if any."""
-        assert p.grad is not None
+    def _current_state(self, p: Tensor, group: dict[str, Any]) -> State:
+        """The state of ``p``, whose quantizer has been started; empty if it has none yet."""
         if group.get("quantizer") is None:
-            yield "", p, Pulled(p.grad, None), None
-            return
+            return self._state_of(p)
         quantizer = QUANTIZERS[group["quantizer"]]
         state = self._state_of(p)
         if "latent" not in state:
@@ -220,48 +236,85 @@ class FrankWolfe(Optimizer):
                 "has been chosen; make a new optimizer"
             )
         self._warn_if_overwritten(p, group)
-        pulled = quantizer.pull_back(p.grad, state, group)
-        for key, bounds in quantizer.variables.items():
-            yield key, state[key], pulled[key], bounds
+        return state
+
+    def _add_variables(
+        self, batches: dict[Any, Variables], p: Tensor, state: State, group: dict[str, Any]
+    ) -> None:
+        """Adds what is trained for ``p`` to the batches of its like."""
+        for key, value, pulled, own_bounds in _variables(p, state, group):
+            bounds = own_bounds or _box(group)
+            keeps = _keeps(group, state, key)
+            kind = (value.device, value.dtype, bounds, own_bounds is None, keeps)
+            if kind not in batches:
+                batches[kind] = Variables(
+                    lr=_scalar_lr(group["lr"]),
+                    # A scale is not pulled towards 0: two levels would merge.
+                    weight_decay=group["weight_decay"] if own_bounds is None else 0.0,
+                    momentum=group["momentum"] if keeps else None,
+                    bounds=bounds,
+                    exact=group.get("step_size") == "exact",
+                    foreach=group["foreach"] is not False,
+                )
+            batches[kind].add(value, pulled, (p, momentum_key(key)))
 
     def _search(
-        self, ell: Tensor, batches: list[Variables], terms: list[tuple[Tensor, ...]]
+        self, ell: Tensor, batches: Sequence[Batch], terms: list[tuple[Tensor, ...]]
     ) -> Tensor:
         r"""The one :math:`\gamma` of this step."""
         eps = self.param_groups[0]["eps"]
         boxed = [batch for batch in batches if batch.searched]
-        if not boxed or readable(ell):
-            unboxed = closed_form(ell, *_totals(terms, ell), eps)
-            # From inside the box the exact root is never below the closed form's, and the slope at
-            # 0 is the same: if that is an end point, so is the other.
-            if not boxed or (unboxed in (0, 1) and all(batch.inside() for batch in boxed)):
-                return unboxed
+        unboxed = closed_form(ell, *_totals(terms, ell), eps)
+        if not boxed:
+            return unboxed
+        # From inside the box the exact root is never below the closed form's, and the slope at 0
+        # is the same: if that is an end point, so is the other.
+        inside = readable(ell) and all(batch.inside() for batch in boxed)
+        if inside and unboxed in (0, 1):
+            return unboxed
         straight = [t for batch, t in zip(batches, terms, strict=True) if not batch.searched]
         decay, curvature = _totals(straight, ell)
 
         def slope(gamma: Tensor) -> tuple[Tensor, Tensor]:
             total, bend = ell - decay - (curvature + eps) * gamma, -(curvature + eps)
             for batch in boxed:
-                s, b = slope_in_box(batch, gamma.to(batch.values[0].device))
+                s, b = batch.slope(gamma.to(batch.values[0].device))
                 total, bend = total + s.to(ell), bend + b.to(ell)
             return total, bend
 
-        return maximize(slope, like=ell)
+        return climb(slope, unboxed) if inside else maximize(slope, like=ell)
 
-    def _update(self, batches: list[Variables], gamma: Tensor, finite: Tensor) -> None:
+    def _report(self, gamma: Tensor, finite: Tensor) -> None:
+        if torch.compiler.is_compiling():  # which loses what is assigned to an optimizer
+            self.gamma.copy_(gamma)
+            self.skipped_steps.add_(~finite)
+        else:
+            self.gamma = gamma
+            self.skipped_steps = self.skipped_steps.to(finite.device) + ~finite
+
+    def _update(self, batches: Sequence[Batch], gamma: Tensor, finite: Tensor) -> None:
         for batch in batches:
+            if isinstance(batch, FusedVariables):  # on the CPU, so nothing is there to be undone
+                batch.move(gamma)
+                continue
             batch.buffers = self._momentum_buffers(batch)
             # Where Python cannot know whether all is finite, the old values are kept on the device.
             changing = [] if readable(finite) else batch.values + batch.buffers
             before = [tensor.clone() for tensor in changing]
-            move(batch, gamma.to(batch.values[0].device))
+            batch.move(gamma.to(batch.values[0].device))
             for tensor, old in zip(changing, before, strict=True):
                 tensor.copy_(torch.where(finite.to(old.device), tensor, old))
 
-    def _quantize(self, group: dict[str, Any]) -> None:
+    def _quantize(self, group: dict[str, Any], written: set[Tensor]) -> None:
+        """Quantizes what was moved, except what its kernel has already ``written``."""
         if group.get("quantizer") is not None:
             for p in group["params"]:
-                if p.grad is not None:
+                if p in written:
+                    self._note_written(p)
+                elif p.grad is not None:
+                    state = self.state[p]
+                    for key, value in QUANTIZERS[group["quantizer"]].derive(state, group).items():
+                        state[key].copy_(value)
                     self._publish(p, group)
 
     # State --------------------------------------------------------------------------------------
@@ -284,12 +337,18 @@ class FrankWolfe(Optimizer):
 
     def _publish(self, p: Tensor, group: dict[str, Any]) -> None:
         p.copy_(QUANTIZERS[group["quantizer"]].quantize(self.state[p], group))
-        self._written[p] = p._version
+        self._note_written(p)
+
+    def _note_written(self, p: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self._written[p] = p._version
 
     def _warn_if_overwritten(self, p: Tensor, group: dict[str, Any]) -> None:
         """Values that others put into a quantized parameter are about to be lost: say so."""
+        if torch.compiler.is_compiling():
+            return
         version = self._written.get(p)
-        if version is None or version == p._version or torch.compiler.is_compiling():
+        if version is None or version == p._version:
             return
         self._written[p] = p._version
         if not torch.equal(p, QUANTIZERS[group["quantizer"]].quantize(self.state[p], group).to(p)):
@@ -300,11 +359,13 @@ class FrankWolfe(Optimizer):
                 stacklevel=2,
             )
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
+    def _state_of(self, p: Tensor) -> State:
         """The state of ``p``, moved along if the model has been moved to another device."""
-        state: dict[str, Any] = self.state[p]
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.device != p.device:
+        state: State = self.state[p]
+        # All of it is on one device.
+        main = state.get("latent", state.get("momentum_buffer"))
+        if main is not None and main.device != p.device:
+            for key, value in state.items():
                 state[key] = value.to(p.device)
         return state
 
@@ -330,6 +391,30 @@ class FrankWolfe(Optimizer):
                     self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
                 if "latent" in self.state.get(p, ()):
                     self._publish(p, group)
+
+
+def _variables(
+    p: Tensor, state: State, group: dict[str, Any]
+) -> Iterator[tuple[str, Tensor, Pulled, Bounds | None]]:
+    """What is trained for ``p``: state key, value, gradient with metric, own bounds if any."""
+    assert p.grad is not None
+    if group.get("quantizer") is None:
+        yield "", p, Pulled(p.grad, None), None
+        return
+    quantizer = QUANTIZERS[group["quantizer"]]
+    pulled = quantizer.pull_back(p.grad, state, group)
+    for key, bounds in quantizer.variables.items():
+        yield key, state[key], pulled[key], bounds
+
+
+def _fused(group: dict[str, Any]) -> bool:
+    """Whether compiled kernels may do the group: as in torch, ``foreach`` rules them out."""
+    return group["fused"] or (group["fused"] is None and group["foreach"] is None)
+
+
+def _keeps(group: dict[str, Any], state: State, key: str) -> bool:
+    """Whether momentum is kept for a variable."""
+    return group["momentum"] != 0 or momentum_key(key) in state
 
 
 def _evaluate(
@@ -361,7 +446,7 @@ def _evaluate(
     return loss
 
 
-def _scalar(loss: Tensor | float, batches: list[Variables]) -> Tensor:
+def _scalar(loss: Tensor | float, batches: Sequence[Batch]) -> Tensor:
     """The loss where the sums are made, 0-dim, in float32 or wider."""
     values = [batch.values[0] for batch in batches]
     dtype = reduce(torch.promote_types, (v.dtype for v in values), torch.float32)

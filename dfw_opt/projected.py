@@ -46,6 +46,7 @@ class ProjectedDFW(FrankWolfe):
         step_size: ``"exact"`` solves for :math:`\gamma` over the box; ``"closed_form"`` takes
             that of :class:`DFW`, as if there were no box, and projects afterwards.
         foreach: as in :class:`DFW`.
+        fused: as in :class:`DFW`.
 
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
@@ -78,6 +79,7 @@ class ProjectedDFW(FrankWolfe):
         radius: float | None = 1.0,
         step_size: str = "exact",
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -90,5 +92,6 @@ class ProjectedDFW(FrankWolfe):
                 "radius": radius,
                 "step_size": step_size,
                 "foreach": foreach,
+                "fused": fused,
             },
         )

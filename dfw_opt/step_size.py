@@ -37,6 +37,7 @@ __all__ = [
     "FIXED_EVALUATIONS",
     "MAX_EVALUATIONS",
     "box_slope",
+    "climb",
     "closed_form",
     "maximize",
     "readable",
@@ -44,6 +45,8 @@ __all__ = [
 
 MAX_EVALUATIONS = 100
 """How often :func:`maximize` evaluates the slope at most; a handful is usual."""
+
+_CLIMB = 10
 
 FIXED_EVALUATIONS = 20
 """How often it does on an accelerator, where stopping early would mean to wait for a result."""
@@ -183,6 +186,35 @@ def maximize(
     secant = a + (b - a) * slope_a / (slope_a - slope_b)
     gamma = torch.minimum(a - slope_a / bend_a, secant).clamp(a, b)
     return torch.where(always, one, torch.where(never, zero, gamma))
+
+
+def climb(slope: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:
+    r"""The root of :math:`\varphi'` on :math:`[0, 1]` where that is convex, from a point before it.
+
+    Newton's method: a tangent of a convex function lies below it, so that no step passes the root,
+    and one that leads to 1 or beyond shows that there is none before. If weights start inside their
+    box, :math:`\varphi'` is convex and the closed form is such a point. Where no weight is blocked
+    it is the root itself, which one evaluation tells. For tensors whose values can be read; should
+    a handful of steps not be enough, :func:`maximize` does it.
+
+    Args:
+        slope: as in :func:`maximize`.
+        start: a point where :math:`\varphi' \ge 0`, but for rounding, 0-dim.
+
+    Returns:
+        :math:`\gamma`, 0-dim.
+    """
+    tolerance = 16 * torch.finfo(start.dtype).eps
+    gamma = start
+    for _ in range(_CLIMB):
+        value, bend = slope(gamma)
+        point = gamma - value / bend
+        if point >= 1:
+            return torch.ones_like(gamma)
+        if point <= gamma * (1 + tolerance):
+            return torch.maximum(gamma, point)
+        gamma = point
+    return maximize(slope, MAX_EVALUATIONS - _CLIMB, like=start)
 
 
 def readable(tensor: Tensor) -> bool:

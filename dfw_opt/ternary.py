@@ -30,6 +30,7 @@ class TernaryDFW(FrankWolfe):
         radius: :math:`R`, as in :class:`ProjectedDFW`.
         step_size: as in :class:`ProjectedDFW`.
         foreach: as in :class:`DFW`.
+        fused: as in :class:`DFW`.
 
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
@@ -63,6 +64,7 @@ class TernaryDFW(FrankWolfe):
         radius: float | None = 1.0,
         step_size: str = "exact",
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -76,5 +78,6 @@ class TernaryDFW(FrankWolfe):
                 "radius": radius,
                 "step_size": step_size,
                 "foreach": foreach,
+                "fused": fused,
             },
         )

@@ -25,7 +25,7 @@ from torch import Tensor
 from dfw_opt.quantizers import Pulled
 from dfw_opt.step_size import box_slope
 
-__all__ = ["UNBOUNDED", "Bounds", "Variables", "move", "slope_in_box", "sums", "wide"]
+__all__ = ["UNBOUNDED", "Bounds", "Variables", "wide"]
 
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (-float("inf"), float("inf"))
@@ -67,6 +67,18 @@ class Variables:
         metrics = [M for M in self.metrics if M is not None]
         return torch.stack(metrics) if metrics else 1.0
 
+    def sums(self) -> tuple[Tensor, Tensor]:
+        r"""The sums :math:`\sum\eta\langle d, \lambda v\rangle_M` and :math:`\sum\eta\|d\|_M^2`."""
+        return multi_sums(self) if self.foreach else single_sums(self)
+
+    def slope(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        r"""What these variables add to :math:`\varphi'(\gamma)` and to its right derivative."""
+        return slope_in_box(self, gamma)
+
+    def move(self, gamma: Tensor) -> None:
+        """Moves values and buffers by the module's formulas, in place."""
+        (multi_move if self.foreach else single_move)(self, gamma)
+
     def inside(self) -> bool:
         """Whether all values, and what decay makes of them, are within the bounds; reads them."""
         lower, upper = self.bounds
@@ -76,18 +88,8 @@ class Variables:
         return all(lower <= end <= upper for end in extremes)
 
 
-def sums(group: Variables) -> tuple[Tensor, Tensor]:
-    r"""The sums :math:`\sum\eta\langle d, \lambda v\rangle_M` and :math:`\sum\eta\|d\|_M^2`."""
-    return multi_sums(group) if group.foreach else single_sums(group)
-
-
-def move(group: Variables, gamma: Tensor) -> None:
-    """Moves every value and buffer of ``group`` by the module's formulas, in place."""
-    (multi_move if group.foreach else single_move)(group, gamma)
-
-
 def single_sums(group: Variables) -> tuple[Tensor, Tensor]:
-    """:func:`sums`, one tensor at a time."""
+    """:meth:`Variables.sums`, one tensor at a time."""
     device, dtype = group.values[0].device, wide(group.values[0].dtype)
     decay = curvature = torch.zeros((), device=device, dtype=dtype)
     for v, d, M in zip(group.values, group.gradients, group.metrics, strict=True):
@@ -99,7 +101,7 @@ def single_sums(group: Variables) -> tuple[Tensor, Tensor]:
 
 
 def multi_sums(group: Variables) -> tuple[Tensor, Tensor]:
-    """:func:`sums` by multi-tensor kernels."""
+    """:meth:`Variables.sums` by multi-tensor kernels."""
     values, gradients = group.values, group.gradients
     dtype = wide(gradients[0].dtype)
     squares = torch.stack(torch._foreach_norm(gradients, 2, dtype)).square()
@@ -116,7 +118,7 @@ def multi_sums(group: Variables) -> tuple[Tensor, Tensor]:
 
 
 def slope_in_box(group: Variables, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    r"""What ``group`` adds to :math:`\varphi'(\gamma)` and to its right derivative."""
+    """:meth:`Variables.slope`, one tensor at a time."""
     slope = bend = torch.zeros_like(gamma)
     for v, d, M in zip(group.values, group.gradients, group.metrics, strict=True):
         dtype = wide(d.dtype)
@@ -135,7 +137,7 @@ def slope_in_box(group: Variables, gamma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def single_move(group: Variables, gamma: Tensor) -> None:
-    """:func:`move`, one tensor at a time."""
+    """:meth:`Variables.move`, one tensor at a time."""
     lr, weight_decay, momentum = group.lr, group.weight_decay, group.momentum
     for i, (v, d) in enumerate(zip(group.values, group.gradients, strict=True)):
         r = weight_decay * v
@@ -148,7 +150,7 @@ def single_move(group: Variables, gamma: Tensor) -> None:
 
 
 def multi_move(group: Variables, gamma: Tensor) -> None:
-    """:func:`move` by multi-tensor kernels."""
+    """:meth:`Variables.move` by multi-tensor kernels."""
     values, buffers, momentum = group.values, group.buffers, group.momentum
     decay, reach = group.lr * group.weight_decay, group.lr * gamma
     steps = torch._foreach_mul(group.gradients, reach)

@@ -49,9 +49,11 @@ def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) ->
     for name in known:
         if name in _RANGES and not (name == "radius" and group[name] is None):
             _check_number(name, group[name])
-    foreach = group.get("foreach")
-    if not (foreach is None or isinstance(foreach, bool)):
-        raise ValueError(f"foreach={foreach!r} must be True, False or None")
+    for name in ("foreach", "fused"):
+        if not (group.get(name) is None or isinstance(group[name], bool)):
+            raise ValueError(f"{name}={group[name]!r} must be True, False or None")
+    if group.get("foreach") and group.get("fused"):
+        raise ValueError("foreach=True and fused=True: choose one of the two")
     if "step_size" in known and group["step_size"] not in STEP_SIZES:
         raise ValueError(f"step_size={group['step_size']!r} must be one of {list(STEP_SIZES)}")
     if "quantizer" in known:

@@ -16,6 +16,13 @@ from torch.optim import Optimizer
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW
 from dfw_opt.quantizers import binary, ternary
 
+PATHS: dict[str, dict[str, Any]] = {
+    "single": {"foreach": False},
+    "multi": {"foreach": True},
+    "fused": {"fused": True},
+}
+"""The three implementations of a step, by the settings that ask for them."""
+
 FLOAT_GROUP: dict[str, Any] = {"quantizer": None, "radius": None}
 
 
@@ -128,13 +135,13 @@ def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> T
     """What the parameter must hold, from the optimizer's state alone."""
     state = optimizer.state[p]
     if group["quantizer"] == "binary":
-        return binary.quantize(state["latent"], state["unit"]).to(p.dtype)
+        return binary.quantize(state["latent"], state["unit"], state["scale"]).to(p.dtype)
     return ternary.quantize(
         state["latent"],
         state["unit"],
         state["scale_pos"],
         state["scale_neg"],
-        group["threshold"],
+        state["delta"],
     ).to(p.dtype)
 
 

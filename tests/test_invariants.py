@@ -10,6 +10,7 @@ import torch
 from helpers import (
     KINDS,
     MAIN_KINDS,
+    PATHS,
     SHAPES,
     Kind,
     assert_consistent,
@@ -48,10 +49,10 @@ def gradients(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
 
 
 @ALL_KINDS
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=60)
 @given(data=st.data())
-def test_steps_keep_the_promises(kind: Kind, foreach: bool, data: st.DataObject) -> None:
+def test_steps_keep_the_promises(kind: Kind, path: str, data: st.DataObject) -> None:
     """Latents in the box, scales positive, parameters exactly Q of them, nothing infinite."""
     shape = data.draw(st.sampled_from([(1, 1), (1, 3), (4, 1), (3, 4), (2, 2, 3, 3)]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
@@ -62,7 +63,7 @@ def test_steps_keep_the_promises(kind: Kind, foreach: bool, data: st.DataObject)
         lr=data.draw(st.sampled_from([1e-3, 0.1, 1.0, 30.0])),
         momentum=data.draw(st.sampled_from([0.0, 0.9])),
         weight_decay=data.draw(st.sampled_from([0.0, 1e-2])),
-        foreach=foreach,
+        **PATHS[path],
     )
     for _ in range(data.draw(st.integers(1, 4))):
         for p in params:
@@ -92,13 +93,13 @@ def assert_same_values(after: Any, before: Any) -> None:
 @ALL_KINDS
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient", "last gradient"])
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("first", [False, True])
 def test_not_finite_changes_nothing(
-    kind: Kind, bad: float, where: str, foreach: bool, first: bool
+    kind: Kind, bad: float, where: str, path: str, first: bool
 ) -> None:
     params = make_params()
-    optimizer = kind.make(params, foreach=foreach, weight_decay=1e-2)
+    optimizer = kind.make(params, **PATHS[path], weight_decay=1e-2)
     if not first:
         train(optimizer, params, 3)
     assert not optimizer.skipped_steps
@@ -119,7 +120,7 @@ def test_not_finite_changes_nothing(
 
     # Training goes on as if the steps had not been asked for.
     other_params = make_params()
-    other = kind.make(other_params, foreach=foreach, weight_decay=1e-2)
+    other = kind.make(other_params, **PATHS[path], weight_decay=1e-2)
     if not first:
         train(other, other_params, 3)
     train(optimizer, params, 3, seed=1)
@@ -177,21 +178,21 @@ def test_foreach_equals_single_tensor(kind: Kind, seed: int, lr: float, decay: b
 
 
 @ALL_KINDS
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=15)
 @given(data=st.data())
 def test_splitting_and_ordering_groups_changes_nothing(
-    kind: Kind, foreach: bool, data: st.DataObject
+    kind: Kind, path: str, data: st.DataObject
 ) -> None:
     """γ is one for all: which group a parameter is in matters only through the group's settings."""
     shapes = ((3, 4), (2, 2, 2), (1, 5), (4,), (2,))
     seed = data.draw(st.integers(0, 10**6))
     params = make_params(shapes, torch.float64, seed)
     twins = clone_params(params)
-    whole = kind.make(params, foreach=foreach, weight_decay=1e-2)
+    whole = kind.make(params, **PATHS[path], weight_decay=1e-2)
     order = data.draw(st.permutations(range(len(shapes))))
     split = [group for index in order for group in kind.groups([twins[index]])]
-    parts = kind.optimizer(split, **kind.settings, foreach=foreach, weight_decay=1e-2)
+    parts = kind.optimizer(split, **kind.settings, **PATHS[path], weight_decay=1e-2)
     assert_steps_agree(whole, params, parts, twins, steps=4, seed=seed, loss=0.7)
 
 

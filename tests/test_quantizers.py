@@ -26,6 +26,27 @@ def draw(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
     return latent, gradient
 
 
+def quantize_binary(latent: Tensor, unit: Tensor) -> Tensor:
+    return binary.quantize(latent, unit, binary.mean_magnitude(latent))
+
+
+def pull_back_binary(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
+    return binary.pull_back(grad, latent, unit, binary.mean_magnitude(latent))
+
+
+def quantize_ternary(
+    latent: Tensor, unit: Tensor, pos: Tensor, neg: Tensor, threshold: float
+) -> Tensor:
+    return ternary.quantize(latent, unit, pos, neg, ternary.threshold_of(latent, threshold))
+
+
+def pull_back_ternary(
+    grad: Tensor, latent: Tensor, unit: Tensor, pos: Tensor, neg: Tensor, threshold: float
+) -> dict[str, Pulled]:
+    delta = ternary.threshold_of(latent, threshold)
+    return ternary.pull_back(grad, latent, unit, pos, neg, delta)
+
+
 def gradient_and_metric(pulled: Pulled) -> tuple[Tensor, Tensor]:
     d, metric = pulled
     assert metric is not None
@@ -76,16 +97,16 @@ class TestBinary:
         mean = u.abs().mean(dim=tuple(range(1, u.dim())), keepdim=True)
         (UNIT * mean * SignStraightThrough.apply(u) * gradient).sum().backward()
         assert u.grad is not None
-        d, metric = gradient_and_metric(binary.pull_back(gradient, latent, UNIT))
+        d, metric = gradient_and_metric(pull_back_binary(gradient, latent, UNIT))
         torch.testing.assert_close(metric * d, u.grad, rtol=1e-12, atol=1e-14)
 
     def test_scale_part_by_finite_differences(self) -> None:
         """Along u itself no sign changes, so Q is differentiable and needs no surrogate there."""
         latent, gradient = draw((3, 4), 3)
-        d, metric = gradient_and_metric(binary.pull_back(gradient, latent, UNIT))
+        d, metric = gradient_and_metric(pull_back_binary(gradient, latent, UNIT))
         # Q(u + hs) with s = sign(u) raises every |u| by h: only the mean of its channel moves.
         h, s = 1e-6, latent.sign()
-        ends = [(binary.quantize(latent + side * h * s, UNIT) * gradient).sum() for side in (1, -1)]
+        ends = [(quantize_binary(latent + side * h * s, UNIT) * gradient).sum() for side in (1, -1)]
         expected = (ends[0] - ends[1]) / (2 * h)
         mean = latent.abs().mean(dim=1, keepdim=True)
         straight_through = UNIT * mean * gradient
@@ -94,13 +115,13 @@ class TestBinary:
     def test_values(self) -> None:
         latent = torch.tensor([[0.5, -0.25, 0.75, -0.5], [0.1, 0.1, -0.1, 0.3]])
         expected = 2.0 * torch.tensor([[0.5, -0.5, 0.5, -0.5], [0.15, 0.15, -0.15, 0.15]])
-        torch.testing.assert_close(binary.quantize(latent, torch.tensor(2.0)), expected)
+        torch.testing.assert_close(quantize_binary(latent, torch.tensor(2.0)), expected)
 
     @given(shapes, st.integers(0, 10**6))
     def test_two_opposite_values_a_channel(self, shape: tuple[int, ...], seed: int) -> None:
         """Exactly: one magnitude a channel, to the last bit."""
         latent = draw(shape, seed)[0].float()
-        values = binary.quantize(latent, torch.tensor(0.37))
+        values = quantize_binary(latent, torch.tensor(0.37))
         assert values.dtype == torch.float32
         for channel, signs in zip(values, latent, strict=True):
             assert len(set(channel.abs().flatten().tolist())) == 1
@@ -110,11 +131,11 @@ class TestBinary:
 
     def test_sign_of_zero_is_plus(self) -> None:
         latent = torch.tensor([[0.0, -0.0, 0.5, -0.5]], dtype=torch.float64)
-        values = binary.quantize(latent, torch.tensor(1.0, dtype=torch.float64))
+        values = quantize_binary(latent, torch.tensor(1.0, dtype=torch.float64))
         assert torch.equal(values, torch.tensor([[0.25, 0.25, 0.25, -0.25]], dtype=torch.float64))
         gradient = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
         d, metric = gradient_and_metric(
-            binary.pull_back(gradient, latent, torch.tensor(1.0, dtype=torch.float64))
+            pull_back_binary(gradient, latent, torch.tensor(1.0, dtype=torch.float64))
         )
         mean = (1 + 2 + 3 - 4) / 4
         expected = 0.25 * gradient + mean * torch.tensor([[1.0, 1.0, 1.0, -1.0]])
@@ -123,9 +144,9 @@ class TestBinary:
     def test_zero_channel(self) -> None:
         """A channel of zeros is zero, and gets the gradient of its scale: it can come back."""
         latent = torch.tensor([[0.0, -0.0], [0.5, -1.0]])
-        values = binary.quantize(latent, torch.tensor(1.0))
+        values = quantize_binary(latent, torch.tensor(1.0))
         assert torch.equal(values[0], torch.zeros(2))
-        d, _ = binary.pull_back(torch.ones(2, 2), latent, torch.tensor(1.0))
+        d, _ = pull_back_binary(torch.ones(2, 2), latent, torch.tensor(1.0))
         assert torch.equal(d[0], torch.ones(2))
 
     @pytest.mark.parametrize("unit", [0.01, 0.37, 1.0, 5.0])
@@ -133,10 +154,10 @@ class TestBinary:
         """M = c²: a unit of latent is c in the forward weights."""
         latent, gradient = draw((3, 4), 1)
         d, metric = gradient_and_metric(
-            binary.pull_back(gradient, latent, torch.tensor(unit, dtype=torch.float64))
+            pull_back_binary(gradient, latent, torch.tensor(unit, dtype=torch.float64))
         )
         assert float(metric) == pytest.approx(unit**2)
-        plain, _ = binary.pull_back(gradient, latent, torch.tensor(1.0, dtype=torch.float64))
+        plain, _ = pull_back_binary(gradient, latent, torch.tensor(1.0, dtype=torch.float64))
         torch.testing.assert_close(d, plain / unit)
 
 
@@ -157,7 +178,7 @@ class TestTernary:
         forward = pos * (latent > delta) - neg * (latent < -delta)
         (UNIT * forward * gradient).sum().backward()
 
-        pulled = ternary.pull_back(gradient, latent, UNIT, *self.scales, threshold)
+        pulled = pull_back_ternary(gradient, latent, UNIT, *self.scales, threshold)
         assert set(pulled) == {"latent", "scale_pos", "scale_neg"}
         for name, leaf in (("latent", u), ("scale_pos", pos), ("scale_neg", neg)):
             d, metric = gradient_and_metric(pulled[name])
@@ -168,7 +189,7 @@ class TestTernary:
     def test_scales_by_finite_differences(self) -> None:
         """What a larger W_n does to the loss: the sign that the paper's formula gets wrong."""
         latent, gradient = draw((4, 5), 7)
-        pulled = ternary.pull_back(gradient, latent, UNIT, *self.scales, 0.05)
+        pulled = pull_back_ternary(gradient, latent, UNIT, *self.scales, 0.05)
         h = 1e-6
         for index, name in enumerate(("scale_pos", "scale_neg")):
             ends = []
@@ -178,7 +199,7 @@ class TestTernary:
                     pos = pos + side * h
                 else:
                     neg = neg + side * h
-                values = ternary.quantize(latent, UNIT, pos, neg, 0.05)
+                values = quantize_ternary(latent, UNIT, pos, neg, 0.05)
                 ends.append((values * gradient).sum())
             d, metric = gradient_and_metric(pulled[name])
             torch.testing.assert_close(metric * d, (ends[0] - ends[1]) / (2 * h))
@@ -188,12 +209,12 @@ class TestTernary:
         latent = torch.tensor([[-0.5, -1.0, 0.7]])
         gradient = torch.tensor([[1.0, 1.0, 0.0]])
         one = torch.tensor(1.0)
-        d, _ = ternary.pull_back(gradient, latent, one, one, one, 0.05)["scale_neg"]
+        d, _ = pull_back_ternary(gradient, latent, one, one, one, 0.05)["scale_neg"]
         assert float(d) == pytest.approx(-1.0)
 
     def test_values(self) -> None:
         latent = torch.tensor([[1.0, 0.3, 0.2, 0.1, 0.0], [-0.0, -0.1, -0.2, -0.3, -0.9]])
-        values = ternary.quantize(
+        values = quantize_ternary(
             latent, torch.tensor(2.0), torch.tensor(0.75), torch.tensor(0.25), 0.2
         )
         expected = torch.tensor([[1.5, 1.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -0.5, -0.5]])
@@ -203,29 +224,29 @@ class TestTernary:
         """Both u > Δ and u < −Δ are strict; 0.5 · 1.0 is exact."""
         latent = torch.tensor([[1.0, 0.5, -0.5, 0.5000001, -0.5000001]])
         one = torch.tensor(1.0)
-        values = ternary.quantize(latent, one, one, one, 0.5)
+        values = quantize_ternary(latent, one, one, one, 0.5)
         assert values.tolist() == [[1.0, 0.0, 0.0, 1.0, -1.0]]
-        pulled = ternary.pull_back(torch.ones(1, 5), latent, one, 3 * one, 2 * one, 0.5)
+        pulled = pull_back_ternary(torch.ones(1, 5), latent, one, 3 * one, 2 * one, 0.5)
         assert pulled["latent"][0].tolist() == [[3.0, 1.0, 1.0, 3.0, 2.0]]
 
     def test_threshold_zero(self) -> None:
         one = torch.tensor(1.0)
         latent = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 1.0]])
-        values = ternary.quantize(latent, one, one, one, 0.0)
+        values = quantize_ternary(latent, one, one, one, 0.0)
         assert values.tolist() == [[0.0, 0.0, 1.0, -1.0, 1.0]]
 
     def test_threshold_is_of_the_whole_tensor(self) -> None:
         """One Δ a layer, not one a channel."""
         one = torch.tensor(1.0)
         latent = torch.tensor([[1.0, -1.0], [0.04, -0.04]])
-        values = ternary.quantize(latent, one, one, one, 0.05)
+        values = quantize_ternary(latent, one, one, one, 0.05)
         assert values.tolist() == [[1.0, -1.0], [0.0, 0.0]]
 
     def test_all_zero(self) -> None:
         one = torch.tensor(1.0)
         latent = torch.zeros(2, 3)
-        assert torch.equal(ternary.quantize(latent, one, one, one, 0.05), latent)
-        pulled = ternary.pull_back(torch.full((2, 3), 2.0), latent, one, one, one, 0.05)
+        assert torch.equal(quantize_ternary(latent, one, one, one, 0.05), latent)
+        pulled = pull_back_ternary(torch.full((2, 3), 2.0), latent, one, one, one, 0.05)
         assert torch.equal(pulled["latent"][0], torch.full((2, 3), 2.0))
         for name in ("scale_pos", "scale_neg"):
             assert [x.item() for x in gradient_and_metric(pulled[name])] == [0.0, 1.0]
@@ -233,7 +254,7 @@ class TestTernary:
     def test_one_zone_empty(self) -> None:
         latent = torch.tensor([[0.5, 1.0, 0.0]])
         one = torch.tensor(1.0)
-        pulled = ternary.pull_back(torch.ones(1, 3), latent, one, one, one, 0.05)
+        pulled = pull_back_ternary(torch.ones(1, 3), latent, one, one, one, 0.05)
         assert pulled["scale_pos"][0].item() == 1.0
         assert pulled["scale_neg"][0].item() == 0.0
         assert all(torch.isfinite(d).all() for d, _ in pulled.values())
@@ -246,7 +267,7 @@ class TestTernary:
         )
         gradient = torch.arange(1.0, 9.0, dtype=torch.float64).reshape(2, 4)
         c = torch.tensor(unit, dtype=torch.float64)
-        pulled = ternary.pull_back(gradient, latent, c, *self.scales, 0.05)
+        pulled = pull_back_ternary(gradient, latent, c, *self.scales, 0.05)
         assert float(gradient_and_metric(pulled["latent"])[1]) == pytest.approx(unit**2)
         assert float(gradient_and_metric(pulled["scale_pos"])[1]) == pytest.approx(unit**2 * 4)
         assert float(gradient_and_metric(pulled["scale_neg"])[1]) == pytest.approx(unit**2 * 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -486,6 +486,69 @@ class TestExactSearch:
             assert slope <= tolerance
         else:
             assert abs(slope) <= tolerance
+
+
+class TestClimb:
+    """From inside the box: Newton's method from the closed form."""
+
+    @given(problem=problems())
+    def test_equals_breakpoint_sorting(self, problem: Problem) -> None:
+        gamma, calls = climbed(problem)
+        assert_agrees(problem, gamma)
+        assert calls <= MAX_EVALUATIONS
+
+    def test_one_evaluation_where_nothing_is_blocked(self) -> None:
+        problem = Problem(0.3, 0.0, [[box_element(0.0, 1.0), box_element(0.1, -2.0)]])
+        gamma, calls = climbed(problem)
+        assert gamma == pytest.approx(0.6)
+        assert calls == 1
+
+    def test_blocked_at_once(self) -> None:
+        """All weights but one stand on the bound that they are pushed against."""
+        stuck = [box_element(1.0, -100.0) for _ in range(20)]
+        problem = Problem(0.05, 0.0, [[*stuck, box_element(0.0, 1.0)]])
+        gamma, calls = climbed(problem)
+        assert gamma == pytest.approx(0.5)
+        assert calls <= 3
+
+    @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+    def test_more_kinks_than_steps(self, share: float) -> None:
+        """Newton leaves them behind one at a time; in the end the bracketed search takes over."""
+        tensor = [box_element(0.0, -(10.0**power)) for power in range(24)]
+        problem = Problem(share * sum(abs(e.gradient) for e in tensor), 0.0, [tensor])
+        gamma, calls = climbed(problem)
+        assert_agrees(problem, gamma)
+        assert calls <= MAX_EVALUATIONS
+
+    def test_root_beyond_1(self) -> None:
+        """The closed form is below 1, but what is blocked makes no progress."""
+        problem = Problem(1.0, 0.0, [[box_element(1.0, -100.0), box_element(0.0, 1.0)]])
+        gamma, _ = climbed(problem)
+        assert gamma == 1.0
+
+
+def climbed(problem: Problem) -> tuple[float, int]:
+    """γ by `climb`, and its evaluations, for the problem moved into its boxes."""
+    inside = []
+    for tensor in problem.tensors:
+        values = [replace(e, value=min(max(e.value, e.lower), e.upper)) for e in tensor]
+        # Nor must decay lead out of it: a scale, whose box is above 0, has none.
+        decay = 0 if tensor[0].lower > 0 else min(tensor[0].weight_decay, 1 / tensor[0].lr)
+        inside.append([replace(e, weight_decay=decay) for e in values])
+    problem.tensors = inside
+    calls = 0
+
+    def slope(gamma: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        return problem.slope(gamma)
+
+    start = reference.closed_form_gamma(
+        Fraction(problem.loss), Fraction(problem.eps), problem.fractions()
+    )
+    if start in (0, 1):
+        return float(start), 0
+    return float(step_size.climb(slope, torch.tensor(float(start), dtype=torch.float64))), calls
 
 
 def box_element(

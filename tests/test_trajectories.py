@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from helpers import to_numpy
+from helpers import PATHS, to_numpy
 from reference import Array, FloatParameter, Settings
 from torch import Tensor
 from torch.nn import Parameter
@@ -167,7 +167,7 @@ def assert_state(
 
 
 @CASES
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
@@ -175,14 +175,12 @@ def assert_state(
         pytest.param(torch.float32, {"rtol": 1e-3, "atol": 1e-3}, id="float32"),
     ],
 )
-def test_trajectory(
-    setup: Setup, foreach: bool, dtype: torch.dtype, tolerance: dict[str, Any]
-) -> None:
+def test_trajectory(setup: Setup, path: str, dtype: torch.dtype, tolerance: dict[str, Any]) -> None:
     groups, params, settings = start(setup, dtype)
     expected = [
         reference.make_parameter(to_numpy(p), s) for p, s in zip(params, settings, strict=True)
     ]
-    optimizer = setup.optimizer(groups, foreach=foreach)
+    optimizer = setup.optimizer(groups, **PATHS[path])
     for p, e in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), torch.tensor(e.forward()).to(dtype))
     gammas = []
@@ -274,10 +272,10 @@ def test_momentum_is_counted_before_the_projection() -> None:
     assert optimizer.state[p]["momentum_buffer"].tolist() == pytest.approx([0.095, -0.095])
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("quantizer", [None, "binary"])
 @pytest.mark.parametrize("reach", [0.5, 1.5, 3.0])
-def test_from_outside_the_box(quantizer: str | None, reach: float, foreach: bool) -> None:
+def test_from_outside_the_box(quantizer: str | None, reach: float, path: str) -> None:
     """A radius made smaller in mid-training, and decay that carries across zero (η λ = reach).
 
     There γ may lie on either side of the closed form, whatever end that is at.
@@ -298,7 +296,7 @@ def test_from_outside_the_box(quantizer: str | None, reach: float, foreach: bool
             quantizer=quantizer,
             radius=2.0,
             momentum=0.0,
-            foreach=foreach,
+            **PATHS[path],
         )
         optimizer.param_groups[0]["radius"] = 0.5
         variable = expected.weights if isinstance(expected, FloatParameter) else expected.latent
@@ -330,11 +328,11 @@ def test_end_points_from_outside_the_box(gradient: float, loss: float, expected:
     assert p.item() == 0.5
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_one_projection_only(foreach: bool) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_one_projection_only(path: str) -> None:
     """At the end: a long step past the upper bound that momentum takes back is not cut before."""
     p = Parameter(torch.tensor([-1.0], dtype=torch.float64))
-    optimizer = ProjectedDFW([p], lr=1.0, quantizer=None, radius=1.0, foreach=foreach)
+    optimizer = ProjectedDFW([p], lr=1.0, quantizer=None, radius=1.0, **PATHS[path])
     for gradient in (1.0, 1.0, 1.0, -2.2):
         p.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step(loss=10.0)

@@ -39,7 +39,14 @@ class Quantizer(Protocol):
     def options(self) -> tuple[str, ...]: ...
 
     def start(self, weight: Tensor, group: Group) -> State:
-        """The state for a parameter that holds ``weight``, in float32 or wider."""
+        """The whole state for a parameter that holds ``weight``, in float32 or wider."""
+        ...
+
+    def derive(self, state: State, group: Group) -> State:
+        """The part of the state that follows from the variables; called whenever they moved.
+
+        It is kept so that quantizing and pulling back see the same numbers, to the last bit.
+        """
         ...
 
     def quantize(self, state: State, group: Group) -> Tensor:

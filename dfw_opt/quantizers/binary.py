@@ -21,6 +21,7 @@ Source: Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279), Section 3.1;
 :math:`g_i(1/n + \alpha\mathbb 1)`, drops the sum over the channel, which the chain rule keeps.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -29,21 +30,27 @@ from torch import Tensor
 from dfw_opt.quantizers.base import Group, Pulled, Quantizer, State, normalised_latent
 from dfw_opt.sign import sign
 
-__all__ = ["BINARY", "pull_back", "quantize"]
+__all__ = ["BINARY", "mean_magnitude", "pull_back", "quantize"]
 
 
-def quantize(latent: Tensor, unit: Tensor) -> Tensor:
+def mean_magnitude(latent: Tensor) -> Tensor:
+    """:math:`a`, the mean of :math:`|u|` per channel, shape ``(channels, 1, ...)``."""
+    return _channel_mean(latent.abs())
+
+
+def quantize(latent: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
     r""":math:`Q(u) = c\,a\,\operatorname{sign}(u)`.
 
     Args:
         latent: :math:`u`, shape ``(channels, ...)``, at least 2-D.
         unit: :math:`c`, 0-dim.
+        scale: :math:`a`, of :func:`mean_magnitude`.
     """
-    scale = unit * _channel_mean(latent.abs())
-    return torch.where(latent >= 0, scale, -scale)
+    level = unit * scale
+    return torch.where(latent >= 0, level, -level)
 
 
-def pull_back(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
+def pull_back(grad: Tensor, latent: Tensor, unit: Tensor, scale: Tensor) -> Pulled:
     r""":math:`d = M^{-1}\delta = \bigl(a\,g + \operatorname{sign}(u)\,\text{mean}(g \operatorname{sign}(u))\bigr) / c`
     and :math:`M = c^2`.
 
@@ -51,16 +58,17 @@ def pull_back(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
         grad: :math:`g`, the loss gradient at :math:`Q(u)`, the shape of ``latent``.
         latent: :math:`u`.
         unit: :math:`c`, 0-dim.
+        scale: :math:`a`, of :func:`mean_magnitude`.
     """  # noqa: E501
     g = grad.to(latent.dtype)
     signs = sign(latent)
-    through_sign = _channel_mean(latent.abs()) * g
     through_scale = signs * _channel_mean(g * signs)
-    return Pulled((through_sign + through_scale) / unit, unit.square())
+    return Pulled((scale * g + through_scale) / unit, unit.square())
 
 
 def _channel_mean(x: Tensor) -> Tensor:
-    return x.mean(dim=tuple(range(1, x.dim())), keepdim=True)
+    # Not mean(), whose result for an empty channel is NaN.
+    return x.sum(dim=tuple(range(1, x.dim())), keepdim=True) / max(1, math.prod(x.shape[1:]))
 
 
 class _Binary:
@@ -69,13 +77,16 @@ class _Binary:
 
     def start(self, weight: Tensor, group: Group) -> State:
         latent, unit = normalised_latent(weight, group["radius"])
-        return {"latent": latent, "unit": unit}
+        return {"latent": latent, "unit": unit, "scale": mean_magnitude(latent)}
+
+    def derive(self, state: State, group: Group) -> State:
+        return {"scale": mean_magnitude(state["latent"])}
 
     def quantize(self, state: State, group: Group) -> Tensor:
-        return quantize(state["latent"], state["unit"])
+        return quantize(state["latent"], state["unit"], state["scale"])
 
     def pull_back(self, grad: Tensor, state: State, group: Group) -> dict[str, Pulled]:
-        return {"latent": pull_back(grad, state["latent"], state["unit"])}
+        return {"latent": pull_back(grad, state["latent"], state["unit"], state["scale"])}
 
 
 BINARY: Quantizer = _Binary()

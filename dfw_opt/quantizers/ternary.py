@@ -29,14 +29,19 @@ from torch import Tensor
 
 from dfw_opt.quantizers.base import Group, Pulled, Quantizer, State, normalised_latent
 
-__all__ = ["SCALE_MIN", "TERNARY", "pull_back", "quantize"]
+__all__ = ["SCALE_MIN", "TERNARY", "pull_back", "quantize", "threshold_of"]
 
 SCALE_MIN = 1e-3
 """The least value of a scale, in units of :math:`c`: two levels must never share a sign."""
 
 
+def threshold_of(latent: Tensor, threshold: float) -> Tensor:
+    r""":math:`\Delta = t \cdot \max|u|`, 0-dim."""
+    return threshold * latent.abs().amax() if latent.numel() else latent.new_zeros(())
+
+
 def quantize(
-    latent: Tensor, unit: Tensor, scale_pos: Tensor, scale_neg: Tensor, threshold: float
+    latent: Tensor, unit: Tensor, scale_pos: Tensor, scale_neg: Tensor, delta: Tensor
 ) -> Tensor:
     r""":math:`Q(u)` of the module's first formula.
 
@@ -45,9 +50,9 @@ def quantize(
         unit: :math:`c`, 0-dim.
         scale_pos: :math:`W_p`, 0-dim.
         scale_neg: :math:`W_n`, 0-dim.
-        threshold: :math:`t`.
+        delta: :math:`\Delta`, of :func:`threshold_of`.
     """
-    positive, negative = _zones(latent, threshold)
+    positive, negative = _zones(latent, delta)
     zero = torch.zeros_like(unit)
     return torch.where(positive, unit * scale_pos, torch.where(negative, -unit * scale_neg, zero))
 
@@ -58,7 +63,7 @@ def pull_back(
     unit: Tensor,
     scale_pos: Tensor,
     scale_neg: Tensor,
-    threshold: float,
+    delta: Tensor,
 ) -> dict[str, Pulled]:
     r""":math:`d = M^{-1}\delta` and :math:`M` of ``latent``, ``scale_pos`` and ``scale_neg``.
 
@@ -68,10 +73,10 @@ def pull_back(
         unit: :math:`c`, 0-dim.
         scale_pos: :math:`W_p`, 0-dim.
         scale_neg: :math:`W_n`, 0-dim.
-        threshold: :math:`t`.
+        delta: :math:`\Delta`, of :func:`threshold_of`.
     """
     g = grad.to(latent.dtype)
-    positive, negative = _zones(latent, threshold)
+    positive, negative = _zones(latent, delta)
     # An empty zone has gradient 0; counting one weight in it keeps M positive.
     n_pos = positive.sum().clamp(min=1)
     n_neg = negative.sum().clamp(min=1)
@@ -83,8 +88,7 @@ def pull_back(
     }
 
 
-def _zones(latent: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    delta = threshold * latent.abs().amax() if latent.numel() else latent.new_zeros(())
+def _zones(latent: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return latent > delta, latent < -delta
 
 
@@ -103,29 +107,29 @@ class _Ternary:
 
     def start(self, weight: Tensor, group: Group) -> State:
         latent, unit = normalised_latent(weight, group["radius"])
-        positive, negative = _zones(latent, group["threshold"])
+        delta = threshold_of(latent, group["threshold"])
+        positive, negative = _zones(latent, delta)
         return {
             "latent": latent,
             "unit": unit,
+            "delta": delta,
             "scale_pos": _starting_scale(latent, positive),
             "scale_neg": _starting_scale(latent, negative),
         }
 
+    def derive(self, state: State, group: Group) -> State:
+        return {"delta": threshold_of(state["latent"], group["threshold"])}
+
     def quantize(self, state: State, group: Group) -> Tensor:
-        return quantize(*_arguments(state, group))
+        return quantize(*_arguments(state))
 
     def pull_back(self, grad: Tensor, state: State, group: Group) -> dict[str, Pulled]:
-        return pull_back(grad, *_arguments(state, group))
+        return pull_back(grad, *_arguments(state))
 
 
-def _arguments(state: State, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    return (
-        state["latent"],
-        state["unit"],
-        state["scale_pos"],
-        state["scale_neg"],
-        group["threshold"],
-    )
+def _arguments(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    u, c, W_p, W_n = (state[key] for key in ("latent", "unit", "scale_pos", "scale_neg"))
+    return u, c, W_p, W_n, state["delta"]
 
 
 TERNARY: Quantizer = _Ternary()

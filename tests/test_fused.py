@@ -1,0 +1,316 @@
+"""The compiled kernels: the same steps as torch's operations; and life without a compiler."""
+
+# torch leaves backward() and its dispatch modes untyped.
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    KINDS,
+    QUANTIZED_KINDS,
+    Kind,
+    assert_consistent,
+    clone_params,
+    draw_gradients,
+    make_params,
+    same_bits,
+)
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dfw_opt import DFW, fused, native
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+# One unit of work and several; rows shorter and longer than a unit, a chunk, and the lanes.
+SHAPES = ((4, 6), (3, 2, 3, 3), (5,), (70, 1000), (2, 70000), (33, 31), (300, 9), (1, 1))
+NO_COMPILER = {"CC": "/nonexistent/cc"}
+
+
+def agree(kind: Kind, params: list[Parameter], losses: list[float], **options: Any) -> list[float]:
+    """Takes the same steps with and without kernels; returns the step sizes."""
+    twins = clone_params(params)
+    plain = kind.make(params, foreach=False, **options)
+    compiled = kind.make(twins, fused=True, **options)
+    gammas = []
+    for number, loss in enumerate(losses):
+        draw_gradients(params, number, 0.03)
+        for p, twin in zip(params, twins, strict=True):
+            assert p.grad is not None
+            twin.grad = p.grad.clone(memory_format=torch.preserve_format)
+        plain.step(loss=loss)
+        compiled.step(loss=loss)
+        torch.testing.assert_close(compiled.gamma, plain.gamma, rtol=1e-4, atol=1e-6)
+        assert_consistent(compiled)
+        gammas.append(compiled.gamma.item())
+    for p, twin in zip(params, twins, strict=True):
+        assert plain.state[p].keys() == compiled.state[twin].keys()
+        for key, value in plain.state[p].items():
+            torch.testing.assert_close(
+                compiled.state[twin][key], value, rtol=1e-5, atol=2e-6, msg=key
+            )
+        # A latent next to 0 may have another sign, so binary weights are compared by their size.
+        torch.testing.assert_close(twin.abs(), p.abs(), rtol=1e-5, atol=2e-6)
+    return gammas
+
+
+class TestSameSteps:
+    @ALL_KINDS
+    @pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
+    @pytest.mark.parametrize("momentum", [0.0, 0.9])
+    def test_all_settings(self, kind: Kind, weight_decay: float, momentum: float) -> None:
+        losses = [1e-3, 0.3, 2.0, 10.0, 1e4, 3.0]
+        gammas = agree(
+            kind, make_params(SHAPES), losses, weight_decay=weight_decay, momentum=momentum
+        )
+        assert any(0 < gamma < 1 for gamma in gammas)
+        assert 1.0 in gammas
+
+    @ALL_KINDS
+    def test_channels_last(self, kind: Kind) -> None:
+        shapes = ((8, 3, 3, 3), (4, 8, 5, 5), (4, 2, 3, 3, 3), (7,))
+        params = make_params(shapes)
+        for p in params:
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            if p.dim() in formats:
+                p.data = p.data.contiguous(memory_format=formats[p.dim()])
+        losses = [0.1, 1.0, 100.0]
+        agree(kind, params, losses)
+        assert not params[1].is_contiguous()
+
+    @ALL_KINDS
+    def test_tensor_lr(self, kind: Kind) -> None:
+        agree(kind, make_params(), [0.1, 1.0, 100.0], lr=torch.tensor(0.05))
+
+    @pytest.mark.parametrize(
+        "kind", [kind for kind in QUANTIZED_KINDS if "closed" not in kind.name], ids=str
+    )
+    def test_hard_against_the_bounds(self, kind: Kind) -> None:
+        """Long steps: most latents end on the bound, and the search sees it."""
+        gammas = agree(kind, make_params(SHAPES), [5.0, 50.0, 500.0, 5.0], lr=50.0)
+        assert any(0 < gamma < 1 for gamma in gammas)
+
+    @ALL_KINDS
+    def test_what_kernels_cannot_do_is_done_otherwise(self, kind: Kind) -> None:
+        """Other dtypes, other layouts, gradients of other layouts, beside what they can."""
+        params = make_params(((4, 6), (6, 4), (3, 5), (5,)))
+        params[1].data = params[1].data.t().contiguous().t()
+        params[2].data = params[2].data.double()
+        agree(kind, params, [0.1, 1.0, 100.0])
+
+        (p,) = make_params(((4, 6),))
+        (twin,) = clone_params([p])
+        pair = kind.make([p], foreach=False), kind.make([twin], fused=True)
+        draw_gradients([p], 0)
+        assert p.grad is not None
+        twin.grad = p.grad.t().contiguous().t()
+        for optimizer in pair:
+            optimizer.step(loss=1.0)
+        torch.testing.assert_close(twin, p, rtol=1e-5, atol=1e-6)
+
+
+@ALL_KINDS
+def test_threads_do_not_change_a_bit(kind: Kind) -> None:
+    """Sums are made unit by unit, whoever makes them."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(1)  # torch's own sums, at the start, depend on the number
+            params = make_params(((600, 1000), (1000, 300), (40,)))
+            optimizer = kind.make(params, fused=True, weight_decay=1e-2)
+            torch.set_num_threads(threads)
+            for number, loss in enumerate((1.0, 30.0, 1e5)):
+                draw_gradients(params, number, 0.03)
+                optimizer.step(loss=loss)
+            results.append([*params, *(x for p in params for x in optimizer.state[p].values())])
+    finally:
+        torch.set_num_threads(before)
+    for one, other in itertools.pairwise(results):
+        assert all(same_bits(x, y) for x, y in zip(one, other, strict=True))
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the most elements that any operation's result has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@ALL_KINDS
+def test_a_step_makes_no_large_tensor(kind: Kind) -> None:
+    params = make_params(((300, 300), (200, 400)))
+    optimizer = kind.make(params, fused=True, weight_decay=1e-2)
+    for number, loss in enumerate((1.0, 1.0, 1e4)):  # momentum is made in the first step
+        draw_gradients(params, number, 0.03)
+        with LargestResult() as largest:
+            optimizer.step(loss=loss)
+    assert 0 < largest.elements <= 8
+    with LargestResult() as largest:
+        torch.ones(300, 300) * 2
+    assert largest.elements == 90000
+
+
+def test_backward_through_a_changed_weight_is_an_error() -> None:
+    """As after any other change in place: autograd is told that the parameter has a new version."""
+    p = Parameter(torch.ones(4, 4))
+    optimizer = DFW([p], fused=True)
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step(loss=loss)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_after_a_fork() -> None:
+    """Threads do not survive a fork; the child makes its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        params = make_params(((700, 1000),))
+        draw_gradients(params, 0)
+        optimizer = DFW(params, fused=True)
+        optimizer.step(loss=1.0)
+        child = os.fork()
+        if child == 0:
+            optimizer.step(loss=1.0)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    finally:
+        torch.set_num_threads(before)
+    assert status == 0
+
+
+def test_small_models_do_not_wait_for_a_compiler() -> None:
+    code = """
+import torch, dfw_opt.native
+from dfw_opt import DFW
+def steps(elements):
+    p = torch.nn.Parameter(torch.ones(elements))
+    optimizer = DFW([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step(loss=1.0)
+    return dfw_opt.native.library.cache_info().misses
+print(steps(1000), steps(100_000))
+"""
+    assert run(code).split() == ["0", "1"]
+
+
+WITH_AND_WITHOUT = """
+import logging, sys, warnings
+warnings.simplefilter("error")
+logging.basicConfig(level=logging.INFO)
+import torch, dfw_opt.native
+from dfw_opt import ProjectedDFW
+torch.manual_seed(0)
+p = torch.nn.Parameter(torch.randn(300, 300))
+optimizer = ProjectedDFW([p])
+for _ in range(3):
+    p.grad = torch.randn(300, 300)
+    optimizer.step(loss=5.0)
+print(dfw_opt.native.library() is not None, float(optimizer.gamma), float(p.detach().abs().sum()))
+"""
+
+
+class TestCompiler:
+    def test_without_one(self, tmp_path: Path) -> None:
+        """Slower, but right, and without a warning; the reason is in the log, once."""
+        cache = {"XDG_CACHE_HOME": str(tmp_path)}
+        there, gamma, total = run(WITH_AND_WITHOUT, **cache).split()
+        cache = {"XDG_CACHE_HOME": str(tmp_path / "other")}
+        result = run_process(WITH_AND_WITHOUT, **cache, **NO_COMPILER)
+        absent, other_gamma, other_total = result.stdout.split()
+        assert (there, absent) == ("True", "False")
+        assert float(gamma) == pytest.approx(float(other_gamma), rel=1e-5)
+        assert float(total) == pytest.approx(float(other_total), rel=1e-5)
+        assert result.stderr.count("no compiled steps") == 1
+
+    @pytest.mark.parametrize("script", ["exit 1", "sleep 5"])
+    def test_broken_one(self, tmp_path: Path, script: str) -> None:
+        compiler = tmp_path / "cc"
+        compiler.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        compiler.chmod(0o755)
+        code = f"import dfw_opt.native as n\nn._TIMEOUT = 1\n{WITH_AND_WITHOUT}"
+        result = run_process(code, CC=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+        assert result.stdout.split()[0] == "False"
+
+    def test_compiles_once(self, tmp_path: Path) -> None:
+        """And the second process needs no compiler any more, unless another one is asked for."""
+        count = tmp_path / "count"
+        compiler = tmp_path / "cc"
+        compiler.write_text(f'#!/bin/sh\necho x >> "{count}"\nexec cc "$@"\n', encoding="utf-8")
+        compiler.chmod(0o755)
+        for _ in range(2):
+            run(WITH_AND_WITHOUT, CC=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+        assert count.read_text(encoding="utf-8").split() == ["x"]
+        (library,) = (tmp_path / "dfw_opt").iterdir()
+        assert library.suffix == ".so"
+
+    def test_many_processes_at_once(self, tmp_path: Path) -> None:
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", WITH_AND_WITHOUT],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for _ in range(3)
+        ]
+        results = [process.communicate()[0] for process in processes]
+        assert results[0].startswith("True")
+        assert len(set(results)) == 1
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unwritable for root")
+    def test_unwritable_cache(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o500)
+        assert run(WITH_AND_WITHOUT, XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+
+    def test_cache_that_others_can_write_to(self, tmp_path: Path) -> None:
+        """Is not trusted: whoever writes there would run code here."""
+        folder = tmp_path / "dfw_opt"
+        folder.mkdir()
+        folder.chmod(0o777)
+        assert run(WITH_AND_WITHOUT, XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+        assert not list(folder.iterdir())
+
+
+def test_the_structures_are_those_of_c() -> None:
+    """Sizes and places, as the compiler sees them."""
+    assert fused._TENSOR.size == 8 * (2 + 3 + 8 + 4)
+    assert fused._OFFSETS["momentum_buffer"] == 8 * (2 + 3 + 5)
+    assert ctypes.sizeof(native.Settings) == 8 * 8
+
+
+def run_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def run(code: str, **environment: str) -> str:
+    return run_process(code, **environment).stdout
