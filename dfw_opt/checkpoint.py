@@ -27,6 +27,8 @@ def check_checkpoint(
     Raises:
         ValueError: it is not a state dict, or of another optimizer, or of other parameters.
     """
+    if not isinstance(incoming, Mapping):
+        raise ValueError(f"not an optimizer's state dict, but {type(incoming).__name__}")
     if not (
         isinstance(incoming.get("param_groups"), list) and isinstance(incoming.get("state"), dict)
     ):
@@ -70,6 +72,8 @@ def _check_state(
     state: Mapping[str, Any], p: Tensor, saved: Mapping[str, Any], number: int
 ) -> None:
     where = f"the checkpoint's state of a parameter of shape {tuple(p.shape)} in group {number}"
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{where} is {state!r}, not a dictionary")
     shapes = _state_shapes(p, saved)
     if p.requires_grad and not set(shapes) <= set(state):
         raise ValueError(
@@ -88,6 +92,10 @@ def _check_state(
             raise ValueError(f"{where} has {key} of shape {found}, not {tuple(shape)}")
         if not value.is_floating_point():
             raise ValueError(f"{where} has {key} of dtype {value.dtype}, not floating point")
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{where} has {key} that is sparse, or without values")
+        if not value.isfinite().all():
+            raise ValueError(f"{where} has {key} with NaN or infinite values")
 
 
 def _state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:

@@ -43,14 +43,10 @@ def test_exported_program(trained: tuple[nn.Module, Tensor, Tensor], tmp_path: P
         assert torch.equal(loaded(images), scores)
 
 
-def test_onnx(
-    trained: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_onnx(trained: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, images, scores = trained
-    if "xnor" in request.node.callspec.id:
-        request.applymarker(pytest.mark.xfail(reason="ONNX has no copysign", strict=True))
     path = tmp_path / "net.onnx"
     torch.onnx.export(model, (images[:7],), path, dynamo=True, dynamic_shapes=BATCH, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

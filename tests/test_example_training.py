@@ -236,7 +236,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     def fail(file: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left on device.*; free some space"):
+    with pytest.raises(UserError, match=r"No space left on device.*; free some space"):
         files.write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
