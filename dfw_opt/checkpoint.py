@@ -27,8 +27,6 @@ def check_checkpoint(
     Raises:
         ValueError: it is not a state dict, or of another optimizer, or of other parameters.
     """
-    if not isinstance(incoming, Mapping):
-        raise ValueError(f"not an optimizer's state dict, but {type(incoming).__name__}")
     if not (
         isinstance(incoming.get("param_groups"), list) and isinstance(incoming.get("state"), dict)
     ):

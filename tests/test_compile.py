@@ -13,10 +13,19 @@ from helpers import KINDS, Kind, clone_params, draw_gradients, make_params
 from torch._dynamo.testing import CompileCounterWithBackend
 
 
-# "eager" traces without generating code; that inductor makes the same of it takes minutes to see.
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_compiled_step(kind: Kind, backend: str) -> None:
+def test_traced_step(kind: Kind) -> None:
+    check(kind, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name == "binary"], ids=str)
+def test_compiled_step(kind: Kind) -> None:
+    """With generated code, which takes minutes to make."""
+    check(kind, "inductor")
+
+
+def check(kind: Kind, backend: str) -> None:
     """No new compilation when lr (a tensor), loss and γ change, or when a step is skipped."""
     torch._dynamo.reset()
     params = make_params()

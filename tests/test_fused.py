@@ -294,6 +294,27 @@ class TestCompiler:
         assert run(WITH_AND_WITHOUT, XDG_CACHE_HOME=str(tmp_path)).startswith("True")
         assert not list(folder.iterdir())
 
+    def test_in_this_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        load = native.library.__wrapped__
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert load() is not None
+        (made,) = (tmp_path / "dfw_opt").iterdir()
+        before = made.stat().st_mtime_ns
+        assert load() is not None
+        assert made.stat().st_mtime_ns == before
+        monkeypatch.setenv("CC", "false")
+        assert load() is None
+        monkeypatch.delenv("CC")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert load() is None
+        (tmp_path / "dfw_opt").chmod(0o777)
+        assert native._cache() != tmp_path / "dfw_opt"
+
+
+def test_foreach_and_fused_together() -> None:
+    with pytest.raises(ValueError, match="foreach=True and fused=True"):
+        DFW(make_params(), foreach=True, fused=True)
+
 
 def test_the_structures_are_those_of_c() -> None:
     """Sizes and places, as the compiler sees them."""

@@ -37,7 +37,15 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 import dfw_opt
-from dfw_opt import ProjectedDFW, TernaryDFW, load_packed, param_groups, save_packed
+from dfw_opt import (
+    PackedFileError,
+    ProjectedDFW,
+    TernaryDFW,
+    load_packed,
+    param_groups,
+    save_packed,
+)
+from dfw_opt.packing import layout
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYERS: list[Callable[[], nn.Module]] = [
@@ -886,8 +894,8 @@ class TestRefused:
 
     @pytest.mark.filterwarnings("ignore:Sparse CSR")
     def test_sparse(self, tmp_path: Path) -> None:
-        for layout in (torch.sparse_coo, torch.sparse_csr):
-            sparse = torch.eye(3).to_sparse(layout=layout)
+        for kind in (torch.sparse_coo, torch.sparse_csr):
+            sparse = torch.eye(3).to_sparse(layout=kind)
             self.refuse(Holder(good=torch.ones(2), bad=sparse), "bad.*sparse", tmp_path)
 
     @pytest.mark.parametrize("view", ["conjugate", "negative"])
@@ -1094,3 +1102,23 @@ def test_loading_with_swapped_arguments(kind: Callable[[Path], Any], tmp_path: P
     save_packed(small_net(), path)
     with pytest.raises(TypeError, match=r"Module|PathLike.*Sequential"):
         load_packed(kind(path), small_net())  # type: ignore[arg-type]
+
+
+def test_more_names_than_a_header_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAX_HEADER", 20)
+    with pytest.raises(ValueError, match=r"2 tensors, whose names and shapes take \d+ bytes"):
+        save_packed(nn.Linear(3, 3), tmp_path / "model.dfw")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stored_header_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_packed(nn.Linear(3, 3), tmp_path / "model.dfw")
+    monkeypatch.setattr(layout, "MAX_HEADER", 20)
+    with pytest.raises(PackedFileError, match=r"a header of \d+ bytes; at most 20 are read"):
+        load_packed(nn.Linear(3, 3), tmp_path / "model.dfw")
+
+
+def test_a_big_endian_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.byteorder", "big")
+    with pytest.raises(ValueError, match="little-endian"):
+        save_packed(nn.Linear(3, 3), tmp_path / "model.dfw")

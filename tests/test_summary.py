@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 import dfw_opt
 from dfw_opt import ProjectedDFW, TernaryDFW, param_groups, save_packed, summary
+from dfw_opt.__main__ import main
 
 BITS = {"binary": 1, "ternary": 1.6}
 FLOATING = re.compile("b?float")
@@ -398,3 +399,20 @@ runpy.run_module("dfw_opt", run_name="__main__")
         assert "Traceback" not in result.stderr
         assert result.returncode in (0, 2)
         assert len(result.stdout) < 50_000_000
+
+
+def test_the_command_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.dfw"
+    save_packed(nn.Linear(40, 30), path)
+    assert main([str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "30x40" in shown
+    assert f"{path.stat().st_size:,} bytes, undamaged" in shown
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main([str(path)]) == 2
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_repr_is_short() -> None:
+    sizes = summary(nn.Linear(40, 30))
+    assert repr(sizes) == f"<Summary: 1230 values in {sizes.file_bytes} bytes>"

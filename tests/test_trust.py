@@ -366,6 +366,7 @@ def _damaged(saved: dict[str, Any]) -> Iterator[dict[str, Any]]:
         copied = copy.deepcopy(saved)
         copied["state"][index]["exp_avg"] = torch.zeros(3)
         yield copied
+        yield saved | {"state": {**saved["state"], index: None}}
     for number, group in enumerate(saved["param_groups"]):
         for key in group.keys() - {"foreach", "fused"}:
             copied = copy.deepcopy(saved)

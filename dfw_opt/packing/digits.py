@@ -49,8 +49,6 @@ def unpack(packed: Tensor, levels: Tensor, count: int) -> Tensor:
 
 def check(packed: Tensor, base: int, count: int) -> str | None:
     """What is wrong with the bytes of ``count`` digits, if anything is."""
-    if not count:
-        return None
     if int(packed.max()) >= base ** per_byte(base):
         return f"a byte of it is {int(packed.max())}, which is no {per_byte(base)} digits of {base}"
     used = count - (len(packed) - 1) * per_byte(base)
