@@ -6,6 +6,7 @@ back anew in each pass, so that a step needs next to no memory of its own.
 """
 
 import ctypes
+import itertools
 import math
 import struct
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn import Parameter
 
 from dfw_opt import native
 from dfw_opt.checkpoint import momentum_key
@@ -35,7 +35,7 @@ _POINTERS = (
     *("scale_pos_momentum_buffer", "scale_neg_momentum_buffer"),
 )
 """State that the kernels read or write, in the order of Tensor in step.c."""
-_TENSOR = struct.Struct(f"2q 3P {len(_POINTERS)}P 4d")
+_TENSOR = struct.Struct(f"2q 3P {len(_POINTERS)}P P 4d")
 _OFFSETS = {key: 40 + 8 * index for index, key in enumerate(_POINTERS)}
 _POINTER = struct.Struct("P")
 _NO_SUMS = (0.0,) * 4
@@ -45,11 +45,11 @@ def fits(p: Tensor, state: Mapping[str, Tensor]) -> bool:
     """Whether the kernels can do ``p``: all its tensors are float32, dense, and laid out alike."""
     if p.device.type != "cpu" or p.dtype != torch.float32 or not (p.numel() and _dense(p)):
         return False
+    if type(p.grad) is not Tensor:  # a class of its own may have no memory to point to
+        return False
     stride = p.stride()
     for tensor in (p.grad, state.get("latent"), state.get("momentum_buffer")):
-        if tensor is not None and not (
-            tensor.dtype == torch.float32 and tensor.stride() == stride and not _wrapped(tensor)
-        ):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.stride() != stride):
             return False
     return True
 
@@ -82,7 +82,11 @@ class FusedVariables:
         )
         self.kind = KINDS[self.quantizer]
         self.elements = sum(p.numel() for p in params)
-        self.tensors = bytearray(b"".join(map(self._described, params, states)))
+        rows = [p.shape[0] if self.quantizer == "binary" else 1 for p in params]
+        # Where a kernel leaves what the later ones need again: a float a row.
+        self.room = (ctypes.c_float * sum(rows))()
+        places = itertools.accumulate((4 * n for n in rows), initial=ctypes.addressof(self.room))
+        self.tensors = bytearray(b"".join(map(self._described, params, states, rows, places)))
         self.address = (ctypes.c_char * len(self.tensors)).from_buffer(self.tensors)
         self.units = kernels.unit_count(self.kind, self.address, len(params))
         self.out = (ctypes.c_double * (native.OUTPUTS * self.units))()
@@ -128,14 +132,13 @@ class FusedVariables:
             self._run("write_ternary")
         increment_version(self.params)
 
-    def _described(self, p: Tensor, state: Mapping[str, Tensor]) -> bytes:
+    def _described(self, p: Tensor, state: Mapping[str, Tensor], rows: int, place: int) -> bytes:
         assert p.grad is not None
         latent = state.get("latent", p)
         pointers = [state[key].data_ptr() if key in state else 0 for key in _POINTERS]
-        rows = p.shape[0] if self.quantizer == "binary" else 1
         return _TENSOR.pack(
             *(rows, p.numel() // rows, p.grad.data_ptr(), latent.data_ptr(), p.data_ptr()),
-            *pointers,
+            *(*pointers, place),
             *_NO_SUMS,
         )
 
@@ -164,11 +167,6 @@ class FusedVariables:
 
     def _total(self, output: int) -> float:
         return math.fsum(self.out[output :: native.OUTPUTS])
-
-
-def _wrapped(tensor: Tensor) -> bool:
-    """Whether it is of a class of its own, which may have no memory to point to."""
-    return type(tensor) not in (Tensor, Parameter)
 
 
 def _dense(p: Tensor) -> bool:

@@ -32,6 +32,7 @@ typedef struct {
     float *delta;    /* ternary: the threshold */
     float *scale[2]; /* ternary: W_p, W_n */
     float *momentum, *scale_momentum[2];
+    float *agreement; /* binary: room for mean g sign(u) of each row, which sums leave behind */
     double sum[2], count[2]; /* ternary: of the gradients in the two zones, and their numbers */
 } Tensor;
 
@@ -129,22 +130,31 @@ INLINE void span_slope(int kind, Row row, float c, float lower, float upper, flo
     }
 }
 
-/* z <- mu z - eta gamma (d + lambda v),  v <- clip(v - eta (lambda v + gamma d) + mu z) */
-INLINE void span_move(int kind, Row row, float c, float lower, float upper, float decay,
+/* z <- mu z - eta gamma (d + lambda v),  v <- clip(v - eta (lambda v + gamma d) + mu z);
+   and, if wanted, sum |v| and max |v| of the result. */
+INLINE void span_move(int kind, int keeps, Row row, float c, float lower, float upper, float decay,
                       float reach, float gamma, float mu, const float *restrict g,
-                      float *restrict v, float *restrict z, int64_t n) {
+                      float *restrict v, float *restrict z, int64_t n, double *sum, double *most) {
     float scaled = reach / c, decayed = decay * gamma, keep = 1 - decay;
-    if (z == NULL)
-        for (int64_t i = 0; i < n; i++) {
-            float step = scaled * pull_back(kind, row, g[i], v[i]);
-            v[i] = smaller(larger(keep * v[i] - step, lower), upper);
-        }
-    else
-        for (int64_t i = 0; i < n; i++) {
-            float step = scaled * pull_back(kind, row, g[i], v[i]);
-            z[i] = mu * z[i] - step - decayed * v[i];
-            v[i] = smaller(larger(keep * v[i] - step + mu * z[i], lower), upper);
-        }
+    FOR_CHUNKS(n) {
+        float magnitudes[LANES] = {0}, largest[LANES] = {0};
+        IN_LANES({
+            float step = scaled * pull_back(kind, row, g[i], v[i]), moved = keep * v[i] - step;
+            if (keeps) {
+                z[i] = mu * z[i] - step - decayed * v[i];
+                moved += mu * z[i];
+            }
+            v[i] = smaller(larger(moved, lower), upper);
+            if (kind != FLOAT) {
+                magnitudes[k] += fabsf(v[i]);
+                largest[k] = larger(fabsf(v[i]), largest[k]);
+            }
+        })
+        if (kind == FLOAT) continue;
+        float top = largest_of(largest);
+        *sum += total(magnitudes);
+        *most = top > *most ? top : *most;
+    }
 }
 
 /* sum g sign(u) */
@@ -156,21 +166,6 @@ INLINE double agreement(const float *g, const float *u, int64_t n) {
         sum += total(lanes);
     }
     return sum;
-}
-
-/* sum |u|, max |u| */
-INLINE void span_magnitudes(const float *u, int64_t n, double *sum, double *most) {
-    *sum = *most = 0;
-    FOR_CHUNKS(n) {
-        float lanes[LANES] = {0}, largest[LANES] = {0};
-        IN_LANES({
-            lanes[k] += fabsf(u[i]);
-            largest[k] = larger(fabsf(u[i]), largest[k]);
-        })
-        float top = largest_of(largest);
-        *sum += total(lanes);
-        *most = top > *most ? top : *most;
-    }
 }
 
 /* Sums of g, and numbers of weights, in the zones above delta and below -delta. */
@@ -229,7 +224,7 @@ INLINE Row row_of(int kind, const Tensor *t, int64_t i, int64_t width) {
     Row row = {0};
     if (kind == BINARY) {
         row.mean = t->mean[i / width];
-        row.through_scale = agreement(t->gradient + i, t->value + i, width) / width;
+        row.through_scale = t->agreement[i / width];
     }
     if (kind == TERNARY) {
         row.delta = *t->delta;
@@ -255,6 +250,8 @@ INLINE void sums(int kind, Tensor *tensors, int64_t count, const Settings *s, in
         double *o = out + OUTPUTS * unit;
         for (int k = 0; k < OUTPUTS; k++) o[k] = 0;
         FOR_ROWS(kind) {
+            if (kind == BINARY)
+                t->agreement[i / width] = agreement(t->gradient + i, t->value + i, width) / width;
             Row row = row_of(kind, t, i, width);
             const float *g = t->gradient + i, *v = t->value + i;
             /* A float parameter without bounds or decay need not be read. */
@@ -285,13 +282,18 @@ INLINE void move(int kind, Tensor *tensors, int64_t count, const Settings *s, in
                  int64_t last, double *out) {
     FOR_UNITS(kind) {
         double *o = out + OUTPUTS * unit, sum;
+        o[0] = 0;
         FOR_ROWS(kind) {
             Row row = row_of(kind, t, i, width);
-            span_move(kind, row, unit_of(t), s->lower, s->upper, s->lr * s->weight_decay,
-                      s->lr * s->gamma, s->gamma, s->momentum, t->gradient + i, t->value + i,
-                      t->momentum ? t->momentum + i : NULL, width);
-            if (kind == FLOAT) continue;
-            span_magnitudes(t->value + i, width, &sum, o);
+            sum = 0;
+            const float *g = t->gradient + i;
+            float *v = t->value + i, decay = s->lr * s->weight_decay, reach = s->lr * s->gamma;
+            if (t->momentum)
+                span_move(kind, 1, row, unit_of(t), s->lower, s->upper, decay, reach, s->gamma,
+                          s->momentum, g, v, t->momentum + i, width, &sum, o);
+            else
+                span_move(kind, 0, row, unit_of(t), s->lower, s->upper, decay, reach, s->gamma,
+                          s->momentum, g, v, NULL, width, &sum, o);
             if (kind == BINARY) {
                 t->mean[i / width] = sum / width;
                 write_binary(t, i, width);
@@ -377,9 +379,10 @@ void dfw_scales_move(Tensor *tensors, int64_t count, const Settings *s) {
     Row none = {0};
     for (Tensor *t = tensors; t < tensors + count; t++)
         for (int side = 0; side < 2; side++) {
-            float e = scale_pull(t, side);
-            span_move(FLOAT, none, scale_unit(t, side), s->scale_min, INFINITY, 0,
-                      s->lr * s->gamma, s->gamma, s->momentum, &e, t->scale[side],
-                      t->scale_momentum[side], 1);
+            float e = scale_pull(t, side), unused = 0;
+            float *z = t->scale_momentum[side] ? t->scale_momentum[side] : &unused;
+            span_move(FLOAT, 1, none, scale_unit(t, side), s->scale_min, INFINITY, 0,
+                      s->lr * s->gamma, s->gamma, s->momentum, &e, t->scale[side], z, 1, NULL,
+                      NULL);
         }
 }
