@@ -36,6 +36,7 @@ _POINTERS = (
 )
 """State that the kernels read or write, in the order of Tensor in step.c."""
 _TENSOR = struct.Struct(f"2q 3P {len(_POINTERS)}P P 4d")
+_FLOAT = struct.Struct("2q 3P 40x P 56x")  # the same, without what a float parameter has not
 _OFFSETS = {key: 40 + 8 * index for index, key in enumerate(_POINTERS)}
 _POINTER = struct.Struct("P")
 _NO_SUMS = (0.0,) * 4
@@ -43,13 +44,15 @@ _NO_SUMS = (0.0,) * 4
 
 def fits(p: Tensor, state: Mapping[str, Tensor]) -> bool:
     """Whether the kernels can do ``p``: all its tensors are float32, dense, and laid out alike."""
-    if p.device.type != "cpu" or p.dtype != torch.float32 or not (p.numel() and _dense(p)):
-        return False
-    if type(p.grad) is not Tensor:  # a class of its own may have no memory to point to
+    g, float32 = p.grad, torch.float32
+    # A gradient of a class of its own may have no memory to point to.
+    if type(g) is not Tensor or g.dtype != float32 or p.dtype != float32 or not p.is_cpu:
         return False
     stride = p.stride()
-    for tensor in (p.grad, state.get("latent"), state.get("momentum_buffer")):
-        if tensor is not None and (tensor.dtype != torch.float32 or tensor.stride() != stride):
+    if g.stride() != stride or not (_dense(p) and p.numel()):
+        return False
+    for tensor in state.values():
+        if tensor.dtype != float32 or (tensor.shape == p.shape and tensor.stride() != stride):
             return False
     return True
 
@@ -134,7 +137,11 @@ class FusedVariables:
 
     def _described(self, p: Tensor, state: Mapping[str, Tensor], rows: int, place: int) -> bytes:
         assert p.grad is not None
-        latent = state.get("latent", p)
+        if self.quantizer is None:
+            value, momentum = p.data_ptr(), state.get("momentum_buffer")
+            z = 0 if momentum is None else momentum.data_ptr()
+            return _FLOAT.pack(1, p.numel(), p.grad.data_ptr(), value, value, z)
+        latent = state["latent"]
         pointers = [state[key].data_ptr() if key in state else 0 for key in _POINTERS]
         return _TENSOR.pack(
             *(rows, p.numel() // rows, p.grad.data_ptr(), latent.data_ptr(), p.data_ptr()),

@@ -41,6 +41,8 @@ class FrankWolfe(Optimizer):
     gamma: Tensor
     skipped_steps: Tensor
     _ready = False
+    _elements: int | None = None
+    """Of all parameters, once counted."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # At which version of its tensor a quantized parameter was last written.
@@ -70,6 +72,7 @@ class FrankWolfe(Optimizer):
         if isinstance(param_group, dict):
             param_group = dict(param_group)
         super().add_param_group(param_group)
+        self._elements = None
         group = self.param_groups[-1]
         try:
             check_hyperparameters(group, self.defaults)
@@ -181,7 +184,7 @@ class FrankWolfe(Optimizer):
     def _check_gradients(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
+                if (grad := p.grad) is not None and grad.layout != torch.strided:
                     raise RuntimeError(
                         f"{type(self).__name__} does not support sparse gradients (parameter of "
                         f"shape {tuple(p.shape)}); make the layer with sparse=False"
@@ -193,8 +196,9 @@ class FrankWolfe(Optimizer):
             return None
         wanted = [group["fused"] for group in self.param_groups]
         if None in wanted and True not in wanted:
-            automatic = (g["params"] for g in self.param_groups if _fused(g))
-            if sum(p.numel() for params in automatic for p in params) < LEAST_ELEMENTS:
+            if self._elements is None:
+                self._elements = sum(p.numel() for g in self.param_groups for p in g["params"])
+            if self._elements < LEAST_ELEMENTS:
                 return None
         return native.library() if any(map(_fused, self.param_groups)) else None
 

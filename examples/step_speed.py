@@ -6,6 +6,10 @@
 prints a table for each shape (ResNet-20's tensors, then each size as 96 matrices and as one), and
 saves all of them as CSV and a picture. "cap" is a step with γ = 1, the usual case in training
 quantized networks; "search" one with a loss so small that γ lies between 0 and 1.
+
+    python step_speed.py --evaluations 200
+
+counts instead how often that search evaluates its slope, in training and on inputs made to be hard.
 """
 
 import argparse
@@ -77,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=_whole(2), default=20, help="steps that are timed (default: 20)")
     add("--threads", type=_whole(1), help="on the cpu (default: torch's)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--evaluations", type=_whole(1), metavar="STEPS", help="count these, in so many steps")
+    add("--data", type=Path, metavar="DIR", help="CIFAR-10, for --evaluations (default: digits)")
     add(
         "--out",
         type=Path,
@@ -97,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        _run(given)
+        (_count if given.evaluations else _run)(given)
     except ModuleNotFoundError as error:
         return _fail(
             f"the Python package {error.name} is missing; in a copy of the repository run: "
@@ -109,6 +115,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Interrupted. Shapes that were done are in {given.out}", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def _count(given: argparse.Namespace) -> None:
+    import torch
+    from stepspeed import evaluations
+
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    for line in evaluations.table(given.data, given.evaluations):
+        print(line, flush=True)
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -320,6 +320,7 @@ def test_the_structures_are_those_of_c() -> None:
     """Sizes and places, as the compiler sees them."""
     assert fused._TENSOR.size == 8 * (2 + 3 + 8 + 1 + 4)
     assert fused._OFFSETS["momentum_buffer"] == 8 * (2 + 3 + 5)
+    assert fused._FLOAT.size == fused._TENSOR.size
     assert ctypes.sizeof(native.Settings) == 8 * 8
 
 
