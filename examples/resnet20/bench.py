@@ -5,6 +5,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .settings import Settings
 from .training import Run
 
 _NETS = ("float", "xnor", "ternary")
+_PHASES = ("images", "forward", "loss", "backward", "step", "rest")
 _WARM_UP = 5
 
 
@@ -26,9 +28,12 @@ def bench(settings: Settings, data: Data, steps: int) -> str:
     The others are what an epoch does: crop, flip, loss, metrics, learning rate and ``settings``'
     optimizer. Taking turns keeps whatever else the machine does from favouring one of them.
     """
-    jobs = {"bare float loop, SGD": _bare(settings, data)} | {
-        f"{net}, {settings.optimizer}": _epochs(dataclasses.replace(settings, net=net), data)
-        for net in _NETS
+    bare_name = "bare float loop, SGD"
+    names = [f"{net}, {settings.optimizer}" for net in _NETS]
+    clocks = {name: Clock(settings.device) for name in names}
+    jobs = {bare_name: _bare(settings, data)} | {
+        name: _epochs(dataclasses.replace(settings, net=net), data, clocks[name])
+        for name, net in zip(names, _NETS, strict=True)
     }
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for i in range(_WARM_UP + steps):
@@ -39,6 +44,8 @@ def bench(settings: Settings, data: Data, steps: int) -> str:
             _synchronize(settings.device)
             if i >= _WARM_UP:
                 times[name].append(time.perf_counter() - start)
+            if name in clocks:
+                clocks[name].end(start, counts=i >= _WARM_UP)
     medians = {name: statistics.median(values) for name, values in times.items()}
     bare, net, *_ = medians.values()
     epoch = len(data.train) // settings.batch_size
@@ -54,7 +61,54 @@ def bench(settings: Settings, data: Data, steps: int) -> str:
         f"{value / net:.2f} |"
         for name, value in medians.items()
     ]
+    lines += [
+        "",
+        f"| of which, ms | {' | '.join(_PHASES)} |",
+        "|---|" + "---|" * len(_PHASES),
+        *(f"| {name} | {' | '.join(clocks[name].medians())} |" for name in names),
+    ]
     return "\n".join(lines)
+
+
+class Clock:
+    """Where the time of a training step goes, by what it calls: forward, loss, step."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._marks: list[float] = []
+        self._steps: list[list[float]] = []
+
+    def watch(self, run: Run) -> None:
+        """Note when ``run`` calls these, and when they return."""
+        run.forward = self._marking(run.forward)
+        run.criterion = self._marking(run.criterion)
+        run.optimizer.step = self._marking(run.optimizer.step)  # type: ignore[method-assign]
+
+    def end(self, start: float, counts: bool) -> None:
+        """A step that began at ``start`` is over."""
+        forward, scores, _, loss, step, moved = self._marks
+        ends = (forward, scores, loss, step, moved, time.perf_counter())
+        if counts:
+            self._steps.append([end - begin for begin, end in itertools.pairwise((start, *ends))])
+        self._marks = []
+
+    def medians(self) -> list[str]:
+        """Milliseconds of each phase."""
+        phases = zip(*self._steps, strict=True)
+        return [f"{1000 * statistics.median(phase):.1f}" for phase in phases]
+
+    def _marking(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*arguments: Any, **options: Any) -> Any:
+            self._mark()
+            result = function(*arguments, **options)
+            self._mark()
+            return result
+
+        return marked
+
+    def _mark(self) -> None:
+        _synchronize(self._device)
+        self._marks.append(time.perf_counter())
 
 
 def _bare(settings: Settings, data: Data) -> Iterator[None]:
@@ -75,8 +129,9 @@ def _bare(settings: Settings, data: Data) -> Iterator[None]:
         yield
 
 
-def _epochs(settings: Settings, data: Data) -> Iterator[None]:
+def _epochs(settings: Settings, data: Data, clock: Clock) -> Iterator[None]:
     run = Run(settings, data)
+    clock.watch(run)
     for epoch in itertools.count():
         for _ in run.steps(epoch):
             yield

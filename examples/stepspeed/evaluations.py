@@ -7,6 +7,7 @@ alone takes none.
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from resnet20.data import Data, load
@@ -56,7 +57,8 @@ def training(net: str, lr: float, data: Data, steps: int) -> list[int]:
     settings = Settings.choose(given | ({} if data.name == "digits" else {"data": "."}))
     run = Run(settings, data)
     counts: list[int] = []
-    originals = dfw_opt.optimizer.climb, dfw_opt.optimizer.maximize
+    module: Any = dfw_opt.optimizer
+    originals = module.climb, module.maximize
 
     def counting(search: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def counted(slope: Slope, *arguments: Tensor, **options: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def training(net: str, lr: float, data: Data, steps: int) -> list[int]:
         return counted
 
     try:
-        dfw_opt.optimizer.climb, dfw_opt.optimizer.maximize = map(counting, originals)
+        module.climb, module.maximize = map(counting, originals)
         for epoch in range(steps):
             run.model.train()
             for images, labels in run.augmenter.epoch(0, epoch, settings.batch_size):
@@ -77,7 +79,7 @@ def training(net: str, lr: float, data: Data, steps: int) -> list[int]:
                 if len(counts) == steps:
                     return counts
     finally:
-        dfw_opt.optimizer.climb, dfw_opt.optimizer.maximize = originals
+        module.climb, module.maximize = originals
     return counts
 
 
