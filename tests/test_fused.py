@@ -129,7 +129,7 @@ def test_threads_do_not_change_a_bit(kind: Kind) -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(1)  # torch's own sums, at the start, depend on the number
-            params = make_params(((600, 1000), (1000, 300), (40,)))
+            params = make_params(((2600, 1000), (1000, 900), (40,)))
             optimizer = kind.make(params, fused=True, weight_decay=1e-2)
             torch.set_num_threads(threads)
             for number, loss in enumerate((1.0, 30.0, 1e5)):
@@ -186,7 +186,7 @@ def test_after_a_fork() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        params = make_params(((700, 1000),))
+        params = make_params(((1700, 1000),))
         draw_gradients(params, 0)
         optimizer = DFW(params, fused=True)
         optimizer.step(loss=1.0)

@@ -93,7 +93,7 @@ def parallel(function: Callable[[int, int], object], units: int, elements: int) 
         each.result()
 
 
-_WORTH_A_THREAD = 1 << 18
+_WORTH_A_THREAD = 1 << 20  # elements: less takes about as long as waking the thread
 
 
 @functools.cache
