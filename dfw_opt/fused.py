@@ -30,6 +30,11 @@ KINDS = {None: 0, "binary": 1, "ternary": 2}
 """The enumeration of step.c by quantizer."""
 
 _SCALES = ("scale_pos", "scale_neg")
+_REQUIRED: dict[str | None, set[str]] = {
+    None: set(),
+    "binary": {"latent", "unit", "scale"},
+    "ternary": {"latent", "unit", "delta", *_SCALES},
+}
 _POINTERS = (
     *("unit", "scale", "delta", *_SCALES, "momentum_buffer"),
     *("scale_pos_momentum_buffer", "scale_neg_momentum_buffer"),
@@ -42,17 +47,24 @@ _POINTER = struct.Struct("P")
 _NO_SUMS = (0.0,) * 4
 
 
-def fits(p: Tensor, state: Mapping[str, Tensor]) -> bool:
+def fits(p: Tensor, state: Mapping[str, Tensor], quantizer: str | None) -> bool:
     """Whether the kernels can do ``p``: all its tensors are float32, dense, and laid out alike."""
     g, float32 = p.grad, torch.float32
-    # A gradient of a class of its own may have no memory to point to.
-    if type(g) is not Tensor or g.dtype != float32 or p.dtype != float32 or not p.is_cpu:
+    # A gradient of a class of its own may have no memory to point to, a lazy one has other numbers.
+    if type(g) is not Tensor or g.is_neg() or g._is_zerotensor() or not (g.is_cpu and p.is_cpu):
         return False
-    stride = p.stride()
-    if g.stride() != stride or not (_dense(p) and p.numel()):
+    shape, stride = p.shape, p.stride()
+    if not (g.dtype == p.dtype == float32 and g.shape == shape and g.stride() == stride):
         return False
-    for tensor in state.values():
-        if tensor.dtype != float32 or (tensor.shape == p.shape and tensor.stride() != stride):
+    if not (_dense(p) and p.numel() and _REQUIRED[quantizer] <= state.keys()):
+        return False
+    for name, tensor in state.items():
+        if tensor.dtype != float32 or not tensor.is_cpu:
+            return False
+        if name in ("latent", "momentum_buffer"):
+            if tensor.shape != shape or tensor.stride() != stride:
+                return False
+        elif not tensor.is_contiguous() or tensor.numel() != (shape[0] if name == "scale" else 1):
             return False
     return True
 
@@ -72,7 +84,10 @@ class FusedVariables:
         self.kernels, self.bounds, self.keeps = kernels, bounds, keeps
         self.params, self.states = params, states
         self.quantizer = group.get("quantizer")
-        self.searched = group.get("step_size") == "exact" and bounds != UNBOUNDED
+        # Scales have bounds of their own.
+        bounded = bounds != UNBOUNDED or self.quantizer == "ternary"
+        self.searched = group.get("step_size") == "exact" and bounded
+        self.gradients = [p.grad for p in params]  # alive as long as there is a pointer to them
         self.values = [s["latent"] for s in states] if self.quantizer else params
         self.settings = native.Settings(
             lr=float(group["lr"]),
@@ -91,37 +106,37 @@ class FusedVariables:
         places = itertools.accumulate((4 * n for n in rows), initial=ctypes.addressof(self.room))
         self.tensors = bytearray(b"".join(map(self._described, params, states, rows, places)))
         self.address = (ctypes.c_char * len(self.tensors)).from_buffer(self.tensors)
-        self.units = kernels.unit_count(self.kind, self.address, len(params))
-        self.out = (ctypes.c_double * (native.OUTPUTS * self.units))()
+        self.pieces = kernels.dfw_pieces(self.kind, self.address, len(params))
+        self.out = (ctypes.c_double * (native.OUTPUTS * self.pieces))()
         self.largest = 0.0
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """As :func:`dfw_opt.update.sums`."""
+        """As :meth:`dfw_opt.update.Variables.sums`."""
         self._run("sums")
         squares, products = self._total(0), self._total(1)
         if self.quantizer == "ternary":
             squares += self._call("scales_sums", self.out)
         self.largest = max(self.out[2 :: native.OUTPUTS])
         lr = self.settings.lr
-        return _scalar(lr * self.settings.weight_decay * products), _scalar(lr * squares)
+        return _float64(lr * self.settings.weight_decay * products), _float64(lr * squares)
 
     def inside(self) -> bool:
         """As :meth:`dfw_opt.update.Variables.inside`; after :meth:`sums`."""
         return (
             self.settings.lr * self.settings.weight_decay <= 1
-            and self.largest <= self.bounds[1]
+            and self.largest <= ctypes.c_float(self.bounds[1]).value
             and all(s[key] >= ternary.SCALE_MIN for s in self.states for key in _SCALES if key in s)
         )
 
     def slope(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """As :func:`dfw_opt.update.slope_in_box`."""
+        """As :meth:`dfw_opt.update.Variables.slope`."""
         self.settings.gamma = float(gamma)
         self._run("slope")
         slope, squares = self._total(0), self._total(1)
         if self.quantizer == "ternary":
             self._call("scales_slope", ctypes.byref(self.settings), self.out)
             slope, squares = slope + self.out[0], squares + self.out[1]
-        return _scalar(slope), _scalar(-self.settings.lr * squares)
+        return _float64(slope), _float64(-self.settings.lr * squares)
 
     def move(self, gamma: Tensor) -> None:
         """As :meth:`dfw_opt.update.Variables.move`, and writes the quantized weights."""
@@ -163,14 +178,14 @@ class FusedVariables:
         return getattr(self.kernels, f"dfw_{name}")(self.address, len(self.params), *arguments)
 
     def _run(self, name: str) -> None:
-        """Calls a kernel for all units."""
+        """Calls a kernel for all pieces."""
         kernel = getattr(self.kernels, f"dfw_{name}")
         settings = ctypes.byref(self.settings)
 
         def some(first: int, last: int) -> None:
             kernel(self.kind, self.address, len(self.params), settings, first, last, self.out)
 
-        native.parallel(some, self.units, self.elements)
+        native.parallel(some, self.pieces, self.elements)
 
     def _total(self, output: int) -> float:
         return math.fsum(self.out[output :: native.OUTPUTS])
@@ -184,5 +199,5 @@ def _dense(p: Tensor) -> bool:
     )
 
 
-def _scalar(value: float) -> Tensor:
+def _float64(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)

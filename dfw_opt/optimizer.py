@@ -26,6 +26,11 @@ __all__ = ["FrankWolfe"]
 
 Batch = Variables | FusedVariables
 
+_CHANGED = (
+    "quantizer={}: the quantizer of a group cannot change once it has been chosen; make a new "
+    "optimizer"
+)
+
 
 class FrankWolfe(Optimizer):
     r"""Base of :class:`~dfw_opt.DFW`, :class:`~dfw_opt.ProjectedDFW`, :class:`~dfw_opt.TernaryDFW`.
@@ -42,7 +47,7 @@ class FrankWolfe(Optimizer):
     skipped_steps: Tensor
     _ready = False
     _elements: int | None = None
-    """Of all parameters, once counted."""
+    """Of the float32 parameters, once counted."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # At which version of its tensor a quantized parameter was last written.
@@ -122,11 +127,13 @@ class FrankWolfe(Optimizer):
         ell = _scalar(given, batches)
         terms = [tuple(term.to(ell) for term in batch.sums()) for batch in batches]
         finite = torch.stack([ell, *(x for term in terms for x in term)]).isfinite().all()
+        if not readable(finite) or finite:
+            gamma = self._search(ell, batches, terms)
+            finite = finite & gamma.isfinite()  # a NaN among the weights themselves
         if readable(finite) and not finite:
             self._report(torch.full_like(ell, torch.nan), finite)
             return given
 
-        gamma = self._search(ell, batches, terms)
         self._update(batches, gamma, finite)
         written = {
             p for batch in batches if isinstance(batch, FusedVariables) for p in batch.params
@@ -197,22 +204,31 @@ class FrankWolfe(Optimizer):
         wanted = [group["fused"] for group in self.param_groups]
         if None in wanted and True not in wanted:
             if self._elements is None:
-                self._elements = sum(p.numel() for g in self.param_groups for p in g["params"])
+                params = [p for group in self.param_groups for p in group["params"]]
+                self._elements = sum(p.numel() for p in params if p.dtype == torch.float32)
             if self._elements < LEAST_ELEMENTS:
                 return None
+        # A step that others make blindly, on another device, could not be undone here.
+        if not all(p.is_cpu for group in self.param_groups for p in group["params"]):
+            return None
         return native.library() if any(map(_fused, self.param_groups)) else None
 
     def _pull_back(self, group: dict[str, Any], kernels: ctypes.CDLL | None) -> list[Batch]:
         """The variables of ``group`` that have a gradient, in batches that can be treated alike."""
         fused: dict[bool, tuple[list[Tensor], list[State]]] = {}
         others: dict[Any, Variables] = {}
-        if not _fused(group) or group.get("quantizer") not in KINDS:
+        pointers = {p.data_ptr() for p in group["params"]} if kernels is not None else set()
+        if (
+            not _fused(group)
+            or group.get("quantizer") not in KINDS
+            or len(pointers) < len(group["params"])  # one twice: two threads would meet in it
+        ):
             kernels = None
         for p in group["params"]:
             if p.grad is None:
                 continue
             state = self._current_state(p, group)
-            if kernels is not None and fits(p, state):
+            if kernels is not None and fits(p, state, group.get("quantizer")):
                 params, states = fused.setdefault(_keeps(group, state, "latent"), ([], []))
                 params.append(p)
                 states.append(state)
@@ -227,18 +243,17 @@ class FrankWolfe(Optimizer):
 
     def _current_state(self, p: Tensor, group: dict[str, Any]) -> State:
         """The state of ``p``, whose quantizer has been started; empty if it has none yet."""
-        if group.get("quantizer") is None:
-            return self._state_of(p)
-        quantizer = QUANTIZERS[group["quantizer"]]
         state = self._state_of(p)
+        if group.get("quantizer") is None:
+            if "latent" in state:
+                raise ValueError(_CHANGED.format(None))
+            return state
+        quantizer = QUANTIZERS[group["quantizer"]]
         if "latent" not in state:
             # Frozen until now. Only a step that counts quantizes the parameter itself.
             state.update(quantizer.start(p, group))
         if not quantizer.variables.keys() <= state.keys():
-            raise ValueError(
-                f"quantizer={group['quantizer']!r}: the quantizer of a group cannot change once it "
-                "has been chosen; make a new optimizer"
-            )
+            raise ValueError(_CHANGED.format(repr(group["quantizer"])))
         self._warn_if_overwritten(p, group)
         return state
 
@@ -406,7 +421,10 @@ def _variables(
         yield "", p, Pulled(p.grad, None), None
         return
     quantizer = QUANTIZERS[group["quantizer"]]
-    pulled = quantizer.pull_back(p.grad, state, group)
+    try:
+        pulled = quantizer.pull_back(p.grad, state, group)
+    except KeyError as error:
+        raise ValueError(_CHANGED.format(repr(group["quantizer"]))) from error
     for key, bounds in quantizer.variables.items():
         yield key, state[key], pulled[key], bounds
 

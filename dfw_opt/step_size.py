@@ -46,6 +46,7 @@ __all__ = [
 MAX_EVALUATIONS = 100
 """How often :func:`maximize` evaluates the slope at most; a handful is usual."""
 
+# How many steps climb takes before it leaves the rest to maximize.
 _CLIMB = 10
 
 FIXED_EVALUATIONS = 20
@@ -208,6 +209,8 @@ def climb(slope: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Te
     gamma = start
     for _ in range(_CLIMB):
         value, bend = slope(gamma)
+        if bend >= 0:  # nothing moves any more
+            return torch.ones_like(gamma) if value > 0 else gamma
         point = gamma - value / bend
         if point >= 1:
             return torch.ones_like(gamma)

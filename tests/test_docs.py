@@ -124,6 +124,14 @@ def test_pages_name_only_tests_that_exist() -> None:
             assert re.search(rf"^ *(?:class|def) {name}\b", source, re.MULTILINE), (path, name)
 
 
+def test_no_placeholder_is_left() -> None:
+    for page in PAGES:
+        text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.search(r"\b(?:TIMES|TODO|FIXME|SPEEDTABLES|EVALUATIONS|EXAMPLE)\b", text), (
+            page
+        )
+
+
 def test_readme_has_both_commands_on_one_line_each() -> None:
     """`.ci/run` runs the second of these as it stands."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import (
     KINDS,
+    PATHS,
     QUANTIZED_KINDS,
     Kind,
     assert_consistent,
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfw_opt import DFW, fused, native
+from dfw_opt import DFW, TernaryDFW, fused, native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -119,6 +120,77 @@ class TestSameSteps:
         for optimizer in pair:
             optimizer.step(loss=1.0)
         torch.testing.assert_close(twin, p, rtol=1e-5, atol=1e-6)
+
+
+class TestWhatKernelsMustNotTouch:
+    """Left to torch, which does it right or says what is wrong."""
+
+    def test_state_of_another_shape(self) -> None:
+        p = Parameter(torch.randn(4, 256))
+        optimizer = DFW([p], fused=True)
+        p.grad = torch.ones_like(p)
+        optimizer.step(loss=1.0)
+        p.data = torch.randn(2000, 256)
+        p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match="size"):
+            optimizer.step(loss=1.0)
+
+    def test_lazy_gradients(self) -> None:
+        for gradient, moved in (
+            (torch._neg_view(torch.ones(300)), 0.1),
+            (torch._efficientzerotensor(300), 0.0),
+        ):
+            p = Parameter(torch.ones(300))
+            p.grad = gradient
+            DFW([p], fused=True, momentum=0.0).step(loss=1e6)
+            torch.testing.assert_close(p.detach(), torch.full((300,), 1 + moved))
+
+    @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+    def test_a_parameter_twice(self) -> None:
+        results = []
+        for path in (PATHS["multi"], PATHS["fused"]):
+            p = Parameter(torch.ones(3, 4))
+            p.grad = torch.ones_like(p)
+            DFW([p, p], lr=0.01, **path).step(loss=1e6)
+            results.append(p.detach())
+        assert torch.equal(*results)
+
+    def test_a_changed_quantizer(self) -> None:
+        """An error that says so, and no pointer to state that is not there."""
+        for before, after in (("ternary", "binary"), ("binary", "ternary"), ("binary", None)):
+            (p,) = make_params(((4, 6),))
+            optimizer = TernaryDFW([p], quantizer=before, fused=True)
+            draw_gradients([p], 0)
+            optimizer.param_groups[0]["quantizer"] = after
+            with pytest.raises(ValueError, match="cannot change once it has been chosen"):
+                optimizer.step(loss=1.0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_weight_that_is_not_a_number(path: str) -> None:
+    """Its own gradient is finite, yet nobody else's weights become NaN."""
+    for kind in KINDS[:2]:
+        p, q = make_params(((40, 6), (30, 5)))
+        optimizer = kind.make([p, q], **PATHS[path])
+        draw_gradients([p, q], 0, 0.01)
+        with torch.no_grad():
+            p[0, 0] = torch.nan
+        optimizer.step(loss=0.01)
+        assert p.detach().isnan().sum() == 1
+        assert not q.detach().isnan().any()
+
+
+def test_scales_alone_are_bounded() -> None:
+    """Without a radius the latents have no bounds, but W_p and W_n still have one."""
+    gammas = []
+    for path in PATHS.values():
+        p = Parameter(torch.tensor([[0.5, -0.5, 0.2], [0.1, 0.3, -0.4]]))
+        optimizer = TernaryDFW([p], radius=None, lr=10.0, **path)
+        p.grad = torch.tensor([[5.0, -1.0, 1.0], [4.0, 2.0, 0.5]])
+        optimizer.step(loss=20.0)
+        gammas.append(float(optimizer.gamma))
+    assert gammas == pytest.approx([gammas[0]] * 3, rel=1e-4)
+    assert 0 < gammas[0] < 1
 
 
 @ALL_KINDS
@@ -308,7 +380,36 @@ class TestCompiler:
         monkeypatch.setenv("PATH", str(tmp_path))
         assert load() is None
         (tmp_path / "dfw_opt").chmod(0o777)
-        assert native._cache() != tmp_path / "dfw_opt"
+        assert native._cache() is None
+
+    @pytest.mark.parametrize("length", [0, 10, 5000, -1])
+    def test_damaged_library(
+        self, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """To load half a library would be the end of the process; it is made again."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert native.library.__wrapped__() is not None
+        (made,) = (tmp_path / "dfw_opt").iterdir()
+        whole = made.read_bytes()
+        damaged = tmp_path / "damaged"  # another file: this process has the first one loaded
+        damaged.write_bytes(whole[:length])
+        damaged.replace(made)
+        assert native.library.__wrapped__() is not None
+        assert made.read_bytes() == whole
+        made.chmod(0o666)
+        assert not native._sound(made)
+
+    def test_no_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def homeless() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", homeless)
+        assert native.library.__wrapped__() is not None
+
+    def test_compiler_with_arguments(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CC", "cc '-DWITH SPACE=1'")
+        assert native.library.__wrapped__() is not None
 
 
 def test_foreach_and_fused_together() -> None:
@@ -318,10 +419,28 @@ def test_foreach_and_fused_together() -> None:
 
 def test_the_structures_are_those_of_c() -> None:
     """Sizes and places, as the compiler sees them."""
-    assert fused._TENSOR.size == 8 * (2 + 3 + 8 + 1 + 4)
-    assert fused._OFFSETS["momentum_buffer"] == 8 * (2 + 3 + 5)
+    library = native.library()
+    assert library is not None
+    layout = (ctypes.c_int64 * 8)()
+    library.dfw_layout(layout)
+    offsets = fused._OFFSETS
+    assert list(layout) == [
+        fused._TENSOR.size,
+        ctypes.sizeof(native.Settings),
+        offsets["unit"],
+        offsets["scale_pos"],
+        offsets["momentum_buffer"],
+        offsets["scale_pos_momentum_buffer"],
+        offsets["scale_neg_momentum_buffer"] + 8,
+        fused._TENSOR.size - 4 * 8,
+    ]
+    assert offsets["scale_neg"] == offsets["scale_pos"] + 8
     assert fused._FLOAT.size == fused._TENSOR.size
-    assert ctypes.sizeof(native.Settings) == 8 * 8
+    number = fused._FLOAT.unpack(fused._FLOAT.pack(1, 2, 3, 4, 5, 6))[-1]
+    (found,) = fused._POINTER.unpack_from(
+        fused._FLOAT.pack(1, 2, 3, 4, 5, 6), offsets["momentum_buffer"]
+    )
+    assert number == found == 6
 
 
 def run_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -520,6 +520,13 @@ class TestClimb:
         assert_agrees(problem, gamma)
         assert calls <= MAX_EVALUATIONS
 
+    @pytest.mark.parametrize("zero", [0.0, -0.0])
+    def test_all_blocked(self, zero: float) -> None:
+        """Whichever zero the slope's slope is."""
+        slope = {"value": torch.tensor(0.5), "bend": torch.tensor(zero)}
+        gamma = step_size.climb(lambda gamma: (slope["value"], slope["bend"]), torch.tensor(0.5))
+        assert gamma == 1.0
+
     def test_root_beyond_1(self) -> None:
         """The closed form is below 1, but what is blocked makes no progress."""
         problem = Problem(1.0, 0.0, [[box_element(1.0, -100.0), box_element(0.0, 1.0)]])

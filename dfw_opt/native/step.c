@@ -8,18 +8,18 @@
 
    where c, the unit, is 1 for a float parameter.
 
-   Work is cut into units of about UNIT elements, whatever the number of threads, and every unit has
+   Work is cut into pieces of about PIECE elements, whatever the number of threads, and every piece has
    its own place for its sums, so that the result does not depend on who does what. Sums are made
    in LANES running sums of floats, which are added up as doubles every CHUNK elements.
 
-   Plain C99; torch is not needed to compile it. */
+   C99 with the attributes of gcc and clang; torch is not needed to compile it. */
 
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 
 enum { FLOAT, BINARY, TERNARY };
-enum { LANES = 32, CHUNK = 4096, UNIT = 1 << 16, OUTPUTS = 7 };
+enum { LANES = 32, CHUNK = 4096, PIECE = 1 << 16, OUTPUTS = 7 };
 
 typedef struct {
     int64_t rows, columns;
@@ -48,6 +48,7 @@ typedef struct {
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* The second, if they are equal or not comparable: a NaN that comes second stays. */
 INLINE float larger(float x, float y) { return x > y ? x : y; }
 INLINE float smaller(float x, float y) { return x < y ? x : y; }
 INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -121,7 +122,7 @@ INLINE void span_slope(int kind, Row row, float c, float lower, float upper, flo
         IN_LANES({
             float x = v[i], e = pull_back(kind, row, g[i], x);
             float step = -(decay * x + scaled * e), below = lower - x, above = upper - x;
-            float taken = smaller(larger(step, below), above), edge = e > 0 ? below : above;
+            float taken = smaller(above, larger(below, step)), edge = e > 0 ? below : above;
             slopes[k] += e * taken;
             bends[k] += (taken == step && step != edge) ? e * e : 0.0f;
         })
@@ -144,7 +145,7 @@ INLINE void span_move(int kind, int keeps, Row row, float c, float lower, float 
                 z[i] = mu * z[i] - step - decayed * v[i];
                 moved += mu * z[i];
             }
-            v[i] = smaller(larger(moved, lower), upper);
+            v[i] = smaller(upper, larger(lower, moved));
             if (kind != FLOAT) {
                 magnitudes[k] += fabsf(v[i]);
                 largest[k] = larger(fabsf(v[i]), largest[k]);
@@ -195,28 +196,28 @@ INLINE float scale_pull(const Tensor *t, int side) {
     return (side ? -1 : 1) * t->sum[side] / sqrt(t->count[side]);
 }
 
-static int64_t unit_size(int kind, const Tensor *t) {
-    if (kind != BINARY) return UNIT;
-    return (t->columns < UNIT ? UNIT / t->columns : 1) * t->columns;
+static int64_t piece_size(int kind, const Tensor *t) {
+    if (kind != BINARY) return PIECE;
+    return (t->columns < PIECE ? PIECE / t->columns : 1) * t->columns;
 }
 
-int64_t unit_count(int kind, const Tensor *tensors, int64_t count) {
-    int64_t units = 0;
+static int64_t piece_count(int kind, const Tensor *tensors, int64_t count) {
+    int64_t pieces = 0;
     for (const Tensor *t = tensors; t < tensors + count; t++)
-        units += (t->rows * t->columns + unit_size(kind, t) - 1) / unit_size(kind, t);
-    return units;
+        pieces += (t->rows * t->columns + piece_size(kind, t) - 1) / piece_size(kind, t);
+    return pieces;
 }
 
-/* For the units from first to last: t is its tensor, [start, end) its elements, unit its number. */
-#define FOR_UNITS(kind)                                                                           \
-    int64_t unit = 0;                                                                             \
+/* For the pieces from first to last: t is its tensor, [start, end) its elements, piece its number. */
+#define FOR_PIECES(kind)                                                                           \
+    int64_t piece = 0;                                                                            \
     for (Tensor *t = tensors; t < tensors + count; t++)                                           \
-        for (int64_t n = t->rows * t->columns, size = unit_size(kind, t), start = 0; start < n;   \
-             start += size, unit++)                                                               \
-            if (unit >= first && unit < last)                                                     \
+        for (int64_t n = t->rows * t->columns, size = piece_size(kind, t), start = 0; start < n;   \
+             start += size, piece++)                                                               \
+            if (piece >= first && piece < last)                                                     \
                 for (int64_t end = least(start + size, n), once = 1; once; once = 0)
 
-/* The rows of a unit: for binary weights each has its own scale; elsewhere it is one long row. */
+/* The rows of a piece: for binary weights each has its own scale; elsewhere it is one long row. */
 #define FOR_ROWS(kind)                                                                            \
     for (int64_t width = kind == BINARY ? t->columns : end - start, i = start; i < end; i += width)
 
@@ -246,8 +247,8 @@ INLINE void write_binary(const Tensor *t, int64_t i, int64_t width) {
 
 INLINE void sums(int kind, Tensor *tensors, int64_t count, const Settings *s, int64_t first,
                  int64_t last, double *out) {
-    FOR_UNITS(kind) {
-        double *o = out + OUTPUTS * unit;
+    FOR_PIECES(kind) {
+        double *o = out + OUTPUTS * piece;
         for (int k = 0; k < OUTPUTS; k++) o[k] = 0;
         FOR_ROWS(kind) {
             if (kind == BINARY)
@@ -267,8 +268,8 @@ INLINE void sums(int kind, Tensor *tensors, int64_t count, const Settings *s, in
 
 INLINE void slope(int kind, Tensor *tensors, int64_t count, const Settings *s, int64_t first,
                   int64_t last, double *out) {
-    FOR_UNITS(kind) {
-        double *o = out + OUTPUTS * unit;
+    FOR_PIECES(kind) {
+        double *o = out + OUTPUTS * piece;
         o[0] = o[1] = 0;
         FOR_ROWS(kind) {
             Row row = row_of(kind, t, i, width);
@@ -280,14 +281,15 @@ INLINE void slope(int kind, Tensor *tensors, int64_t count, const Settings *s, i
 
 INLINE void move(int kind, Tensor *tensors, int64_t count, const Settings *s, int64_t first,
                  int64_t last, double *out) {
-    FOR_UNITS(kind) {
-        double *o = out + OUTPUTS * unit, sum;
+    FOR_PIECES(kind) {
+        double *o = out + OUTPUTS * piece, sum;
         o[0] = 0;
         FOR_ROWS(kind) {
             Row row = row_of(kind, t, i, width);
             sum = 0;
             const float *g = t->gradient + i;
-            float *v = t->value + i, decay = s->lr * s->weight_decay, reach = s->lr * s->gamma;
+            float *v = t->value + i;
+            float decay = s->lr * s->weight_decay, reach = s->lr * s->gamma;
             if (t->momentum)
                 span_move(kind, 1, row, unit_of(t), s->lower, s->upper, decay, reach, s->gamma,
                           s->momentum, g, v, t->momentum + i, width, &sum, o);
@@ -307,7 +309,22 @@ INLINE void move(int kind, Tensor *tensors, int64_t count, const Settings *s, in
     if (kind == BINARY) function(BINARY, __VA_ARGS__);                                            \
     if (kind == TERNARY) function(TERNARY, __VA_ARGS__)
 
-/* What Python calls: the units from first to last of a batch of tensors. */
+/* What Python calls.
+
+   For Python to see that it has the same idea of the structures. */
+void dfw_layout(int64_t *out) {
+    int64_t layout[] = {sizeof(Tensor),           sizeof(Settings),
+                        offsetof(Tensor, unit),   offsetof(Tensor, scale),
+                        offsetof(Tensor, momentum), offsetof(Tensor, scale_momentum),
+                        offsetof(Tensor, agreement), offsetof(Tensor, sum)};
+    for (size_t k = 0; k < sizeof layout / sizeof *layout; k++) out[k] = layout[k];
+}
+
+int64_t dfw_pieces(int kind, const Tensor *tensors, int64_t count) {
+    return piece_count(kind, tensors, count);
+}
+
+/* The pieces from first to last of a batch of tensors. */
 
 #define ARGUMENTS                                                                                 \
     int kind, Tensor *tensors, int64_t count, const Settings *s, int64_t first, int64_t last,     \
@@ -325,7 +342,7 @@ void dfw_move(ARGUMENTS) { FOR_KINDS(move, tensors, count, s, first, last, out);
 /* Writes ternary weights. */
 void dfw_write_ternary(ARGUMENTS) {
     (void)s, (void)out;
-    FOR_UNITS(kind) {
+    FOR_PIECES(kind) {
         float delta = *t->delta, p = *t->unit * *t->scale[0], n = -*t->unit * *t->scale[1];
         const float *u = t->value;
         for (int64_t i = start; i < end; i++)
@@ -333,13 +350,13 @@ void dfw_write_ternary(ARGUMENTS) {
     }
 }
 
-/* What is left to do per tensor, from what its units have left in out. One thread does it. */
+/* What is left to do per tensor, from what its pieces have left in out. One thread does it. */
 
 /* After dfw_move: the thresholds, Delta = t max |u|. */
 void dfw_thresholds(Tensor *tensors, int64_t count, const Settings *s, double *out) {
     for (Tensor *t = tensors; t < tensors + count; t++) {
         float largest = 0;
-        for (int64_t units = unit_count(TERNARY, t, 1); units > 0; units--, out += OUTPUTS)
+        for (int64_t left = piece_count(TERNARY, t, 1); left > 0; left--, out += OUTPUTS)
             largest = larger(out[0], largest);
         *t->delta = (float)s->threshold * largest;
     }
@@ -350,7 +367,7 @@ double dfw_scales_sums(Tensor *tensors, int64_t count, double *out) {
     double squares = 0;
     for (Tensor *t = tensors; t < tensors + count; t++) {
         double sums[OUTPUTS] = {0};
-        for (int64_t units = unit_count(TERNARY, t, 1); units > 0; units--, out += OUTPUTS)
+        for (int64_t left = piece_count(TERNARY, t, 1); left > 0; left--, out += OUTPUTS)
             for (int k = 3; k < OUTPUTS; k++) sums[k] += out[k];
         for (int side = 0; side < 2; side++) {
             t->sum[side] = sums[3 + side];
