@@ -60,9 +60,9 @@ def is_over(pid: int) -> bool:
 
 def wait_for_checkpoint(pid: int, out: Path, which: int) -> None:
     """Return as soon as the process begins to write its checkpoint number ``which``, or is over."""
-    part, writing = out / f".{checkpoint.NAME}.{pid}.part", False
+    name, writing = f".{checkpoint.NAME}.{pid}-*.part", False
     while which and not is_over(pid):
-        before, writing = writing, part.exists()
+        before, writing = writing, any(out.glob(name))
         which -= writing and not before
         time.sleep(0.0003)
 
@@ -74,7 +74,7 @@ def wait_for_time(pid: int, seconds: float) -> None:
 
 
 def parts(out: Path, pid: int | str = "*") -> list[Path]:
-    return list(out.glob(f".*.{pid}.part"))
+    return list(out.glob(f".*.{pid}-*.part"))
 
 
 def all_of(out: Path) -> Any:

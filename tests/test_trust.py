@@ -211,10 +211,11 @@ class TestDisk:
         shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
         gone = subprocess.Popen([sys.executable, "-c", ""])
         gone.wait()
-        dead = [f".checkpoint.pt.{gone.pid}.part", f".metrics.csv.{gone.pid}.part"]
+        rest = f"{gone.pid}-0badcafe.part"
+        dead = [f".checkpoint.pt.{rest}", f".metrics.csv.{rest}"]
         # A process in a container often gets the number that the one before it had.
-        dead += [f".checkpoint.pt.{os.getpid()}.part"]
-        alive = [f".checkpoint.pt.{os.getppid()}.part", f".notes.{gone.pid}.part", "file.part"]
+        dead += [f".checkpoint.pt.{os.getpid()}-0badcafe.part"]
+        alive = [f".checkpoint.pt.{os.getppid()}-0badcafe.part", f".notes.{rest}", "file.part"]
         for name in dead + alive:
             (tmp_path / name).write_bytes(b"half")
         assert resume(tmp_path, capsys) == (0, "")
