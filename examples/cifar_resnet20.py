@@ -17,35 +17,18 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from resnet20.command_line import INTERRUPTED, Parser, fail, whole
 from resnet20.errors import UserError
 
 if TYPE_CHECKING:
     from resnet20.data import Data
     from resnet20.settings import Settings
 
-_INTERRUPTED = 130
-_BAD_INPUT = 2
 _JOB = ("out", "resume", "export", "table", "bench", "download")
 # Of a single run, and of a table.
 _SIGNS_OF_A_RUN = ("checkpoint.pt", "table.json")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(_BAD_INPUT, f"error: {message}; --help lists the options\n")
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return value
-
-    convert.__name__ = "whole number"
-    return convert
 
 
 def _real(above: float, below: float, including: bool = False) -> Callable[[str], float]:
@@ -62,7 +45,7 @@ def _real(above: float, below: float, including: bool = False) -> Callable[[str]
 
 def parser() -> argparse.ArgumentParser:
     """The command line. What is not given stays out of the result, so that we know what was."""
-    out = _Parser(
+    out = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -89,15 +72,15 @@ def parser() -> argparse.ArgumentParser:
         type=_real(0, math.inf, True),
         help="of float weights (default: 1e-4 in the float net with dfw or sgd, else 0)",
     )
-    add("--epochs", type=_whole(1), help="default: 20")
-    add("--batch-size", type=_whole(1), help="default: 128; digits 32")
+    add("--epochs", type=whole(1), help="default: 20")
+    add("--batch-size", type=whole(1), help="default: 128; digits 32")
     add("--schedule", choices=("none", "cosine", "step"), help="of the lr (default: cosine)")
-    add("--seed", type=_whole(0), help="default: 0")
+    add("--seed", type=whole(0), help="default: 0")
 
     add = out.add_argument_group("on what").add_argument
     add("--data", metavar="DIR", help="CIFAR-10's binary version (default: digits)")
     add("--download", action="store_true", help="fetch CIFAR-10 to --data (default: data) first")
-    add("--limit", type=_whole(1), metavar="N", help="train on the first N images only")
+    add("--limit", type=whole(1), metavar="N", help="train on the first N images only")
     add(
         "--validate",
         action="store_true",
@@ -106,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = out.add_argument_group("how").add_argument
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--threads", type=_whole(1), help="on the cpu (default: torch's)")
+    add("--threads", type=whole(1), help="on the cpu (default: torch's)")
     add("--amp", choices=("bf16", "off"), help="default: bf16 where the hardware has it")
     add("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
 
@@ -115,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--export", metavar="FILE", help="write the trained network as a packed file")
     add("--table", action="store_true", help="train the poster's five rows under one budget")
-    add("--bench", type=_whole(1), metavar="STEPS", help="only measure the time of a step")
+    add("--bench", type=whole(1), metavar="STEPS", help="only measure the time of a step")
     return out
 
 
@@ -130,17 +113,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(given, job, out)
     except ModuleNotFoundError as error:
-        return _fail(
+        return fail(
             f"the Python package {error.name} is missing; in a copy of the repository run: "
             f"{shlex.quote(sys.executable)} -m pip install -e '.[examples]'"
         )
     except UserError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except OSError as error:  # what no part of the example has more to say about
-        return _fail(f"{error}; check that path")
+        return fail(f"{error}; check that path")
     except KeyboardInterrupt:
         print(_after_interrupt(job, out), file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     return 0
 
 
@@ -232,11 +215,6 @@ def _after_interrupt(job: dict[str, Any], out: Path) -> str:
     command += ["--table"] * bool(job["table"])
     command += ["--export", job["export"]] if job["export"] else []
     return f"Interrupted. To go on: {shlex.join(command)}"
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return _BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -19,31 +19,12 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
+from resnet20.command_line import INTERRUPTED, Parser, fail, whole
 from resnet20.errors import UserError
 
-_INTERRUPTED = 130
-_BAD_INPUT = 2
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(_BAD_INPUT, f"error: {message}; --help lists the options\n")
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return value
-
-    convert.__name__ = "whole number"
-    return convert
 
 
 def _size(text: str) -> int:
@@ -58,7 +39,7 @@ def _size(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    out = _Parser(
+    out = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -78,10 +59,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="optimizers to measure, beside adamw-fused and sgd-foreach (default: all)",
     )
-    add("--repeats", type=_whole(2), default=20, help="steps that are timed (default: 20)")
-    add("--threads", type=_whole(1), help="on the cpu (default: torch's)")
+    add("--repeats", type=whole(2), default=20, help="steps that are timed (default: 20)")
+    add("--threads", type=whole(1), help="on the cpu (default: torch's)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    add("--evaluations", type=_whole(1), metavar="STEPS", help="count these, in so many steps")
+    add("--evaluations", type=whole(1), metavar="STEPS", help="count these, in so many steps")
     add("--data", type=Path, metavar="DIR", help="CIFAR-10, for --evaluations (default: digits)")
     add(
         "--out",
@@ -105,15 +86,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         (_count if given.evaluations else _run)(given)
     except ModuleNotFoundError as error:
-        return _fail(
+        return fail(
             f"the Python package {error.name} is missing; in a copy of the repository run: "
             f"{shlex.quote(sys.executable)} -m pip install -e '.[examples]'"
         )
     except UserError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except KeyboardInterrupt:
         print(f"Interrupted. Shapes that were done are in {given.out}", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     return 0
 
 
@@ -183,11 +164,6 @@ def _run(given: argparse.Namespace) -> None:
         raise UserError("there is not enough memory for any shape; try --only with few optimizers")
     picture = report.write_figure(given.out, rows)
     print(f"\ntable {given.out / report.TABLE}, figure {picture}")
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return _BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""What the command lines of the examples share: how they read whole numbers, and how they fail."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"error: {message}; --help lists the options\n")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, not below ``least``."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    convert.__name__ = "whole number"
+    return convert
+
+
+def fail(message: str) -> int:
+    """Say what is wrong; return the exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    return BAD_INPUT
