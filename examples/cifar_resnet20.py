@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet20.command_line import INTERRUPTED, Parser, fail, whole
+from resnet20.command_line import INTERRUPTED, Parser, fail, missing, whole
 from resnet20.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,10 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(given, job, out)
     except ModuleNotFoundError as error:
-        return fail(
-            f"the Python package {error.name} is missing; in a copy of the repository run: "
-            f"{shlex.quote(sys.executable)} -m pip install -e '.[examples]'"
-        )
+        return missing(error)
     except UserError as error:
         return fail(str(error))
     except OSError as error:  # what no part of the example has more to say about

@@ -17,11 +17,10 @@ import contextlib
 import gc
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 
-from resnet20.command_line import INTERRUPTED, Parser, fail, whole
+from resnet20.command_line import INTERRUPTED, Parser, fail, missing, whole
 from resnet20.errors import UserError
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -86,10 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         (_count if given.evaluations else _run)(given)
     except ModuleNotFoundError as error:
-        return fail(
-            f"the Python package {error.name} is missing; in a copy of the repository run: "
-            f"{shlex.quote(sys.executable)} -m pip install -e '.[examples]'"
-        )
+        return missing(error)
     except UserError as error:
         return fail(str(error))
     except KeyboardInterrupt:

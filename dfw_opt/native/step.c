@@ -76,8 +76,8 @@ INLINE float largest_of(float *lanes) {
 }
 
 /* Runs through n elements in chunks, and through a chunk in lanes, doing what is in the brackets
-   with element i in lane k. The chunk's rest, shorter than all lanes, is a loop of its own, so that the
-   other has a length that the compiler knows. */
+   with element i in lane k. The chunk's rest, shorter than all lanes, is a loop of its own, so
+   that the other has a length that the compiler knows. */
 #define IN_LANES(...)                                                                          \
     for (int64_t block = start; block < whole; block += LANES)                                 \
         for (int k = 0; k < LANES; k++) {                                                      \

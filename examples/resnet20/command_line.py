@@ -1,6 +1,7 @@
 """What the command lines of the examples share: how they read whole numbers, and how they fail."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -33,3 +34,11 @@ def fail(message: str) -> int:
     """Say what is wrong; return the exit code."""
     print(f"error: {message}", file=sys.stderr)
     return BAD_INPUT
+
+
+def missing(error: ModuleNotFoundError) -> int:
+    """Say how to get the package that is not there; return the exit code."""
+    return fail(
+        f"the Python package {error.name} is missing; in a copy of the repository run: "
+        f"{shlex.quote(sys.executable)} -m pip install -e '.[examples]'"
+    )
