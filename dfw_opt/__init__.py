@@ -1,6 +1,7 @@
 """Deep Frank-Wolfe optimizers for PyTorch: float, binary (XNOR-Net) and ternary (TTQ) networks."""
 
 from dfw_opt.activations import SignActivation
+from dfw_opt.averaging import AveragedModel
 from dfw_opt.dfw import DFW
 from dfw_opt.groups import param_groups
 from dfw_opt.losses import MultiClassHingeLoss
@@ -11,6 +12,7 @@ from dfw_opt.ternary import TernaryDFW
 
 __all__ = [
     "DFW",
+    "AveragedModel",
     "MultiClassHingeLoss",
     "PackedFileError",
     "ProjectedDFW",

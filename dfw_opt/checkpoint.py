@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dfw_opt.quantizers import QUANTIZERS
+from dfw_opt.sharding import is_sharded
 from dfw_opt.validate import SETTINGS, check_hyperparameters
 
 __all__ = ["check_checkpoint", "momentum_key"]
@@ -88,6 +89,11 @@ def _check_state(
         if not isinstance(value, Tensor) or value.shape != shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{where} has {key} of shape {found}, not {tuple(shape)}")
+        if is_sharded(value) != is_sharded(p):
+            raise ValueError(
+                f"{where} has {key} that is {'not ' * is_sharded(p)}sharded, unlike the parameter; "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict adapts it"
+            )
         if not value.is_floating_point():
             raise ValueError(f"{where} has {key} of dtype {value.dtype}, not floating point")
         if value.layout != torch.strided or value.is_meta:
@@ -100,5 +106,6 @@ def _state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
     """What a quantizer keeps for ``p``."""
     if group.get("quantizer") is None:
         return {}
-    started = QUANTIZERS[group["quantizer"]].start(torch.empty_like(p, device="meta"), group)
+    meta = torch.empty(p.shape, dtype=p.dtype, device="meta")
+    started = QUANTIZERS[group["quantizer"]].start(meta, group)
     return {key: value.shape for key, value in started.items()}

@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dfw_opt.data_parallel import Ranks
 from dfw_opt.optimizer import FrankWolfe
 
 __all__ = ["DFW"]
@@ -47,9 +48,12 @@ class DFW(FrankWolfe):
             ``foreach`` says. ``None`` means yes for models of 65,536 elements or more, unless
             ``foreach`` is given. The first such step on a machine waits about a second for the
             compiler.
+        process_group: over which ranks the loss is averaged, so that :math:`\gamma` is the same on
+            all of them: ``"world"``, all ranks, where ``torch.distributed`` is initialised when a
+            step is made; a ``ProcessGroup``; or ``None``, no others.
 
     Raises:
-        TypeError: a parameter is complex.
+        TypeError: a parameter is complex, or ``process_group`` is none.
         ValueError: a setting is out of range; the message names it.
 
     >>> import torch
@@ -75,6 +79,7 @@ class DFW(FrankWolfe):
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
+        process_group: Ranks = "world",
     ) -> None:
         super().__init__(
             params,
@@ -86,4 +91,5 @@ class DFW(FrankWolfe):
                 "foreach": foreach,
                 "fused": fused,
             },
+            process_group,
         )

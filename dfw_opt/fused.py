@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 from dfw_opt import native
 from dfw_opt.checkpoint import momentum_key
 from dfw_opt.quantizers import ternary
+from dfw_opt.sharding import Groups
 from dfw_opt.update import UNBOUNDED, Bounds
 
 __all__ = ["LEAST_ELEMENTS", "FusedVariables", "fits"]
@@ -71,6 +72,8 @@ def fits(p: Tensor, state: Mapping[str, Tensor], quantizer: str | None) -> bool:
 
 class FusedVariables:
     """Parameters of one group, with one quantizer, and all that is trained for them."""
+
+    groups: Groups = ()
 
     def __init__(
         self,

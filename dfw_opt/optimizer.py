@@ -11,13 +11,17 @@ from functools import reduce
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.hooks import RemovableHandle
 
 from dfw_opt import native
 from dfw_opt.checkpoint import check_checkpoint, momentum_key
+from dfw_opt.data_parallel import Ranks, check_process_group, mean_loss
 from dfw_opt.fused import KINDS, LEAST_ELEMENTS, FusedVariables, fits
+from dfw_opt.objective import LossWatch, loss_of, value_of_loss
 from dfw_opt.quantizers import QUANTIZERS, Pulled, State
+from dfw_opt.sharding import groups_of, local, over_shards, placed_like, settled
 from dfw_opt.step_size import climb, closed_form, maximize, readable
 from dfw_opt.update import UNBOUNDED, Bounds, Variables, wide
 from dfw_opt.validate import check_hyperparameters, check_parameters
@@ -41,17 +45,28 @@ class FrankWolfe(Optimizer):
             Each step makes a new tensor, but under :func:`torch.compile` it overwrites the old one.
         skipped_steps: how many steps changed nothing because the loss or a gradient was NaN or
             infinite, a 0-dim integer tensor.
+        process_group: over which ranks the loss is averaged: ``"world"``, a ``ProcessGroup``, or
+            ``None``.
     """
 
     gamma: Tensor
     skipped_steps: Tensor
+    process_group: Ranks = "world"
     _ready = False
     _elements: int | None = None
     """Of the float32 parameters, once counted."""
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        process_group: Ranks = "world",
+    ) -> None:
+        check_process_group(process_group)
+        self.process_group = process_group
         # At which version of its tensor a quantized parameter was last written.
         self._written: dict[Tensor, int] = {}
+        self._watch = LossWatch(self)
         super().__init__(params, defaults)
         devices = [p.device for group in self.param_groups for p in group["params"]]
         device = next(iter(devices), None)
@@ -92,14 +107,19 @@ class FrankWolfe(Optimizer):
     def step(self, closure: None = None, *, loss: Tensor | float) -> Tensor | float: ...
     @overload
     def step(self, closure: Callable[[], Tensor | float]) -> Tensor | float: ...
+    @overload
+    def step(self) -> None: ...
     @torch.no_grad()
     def step(
         self,
         closure: Callable[[], Tensor | float] | None = None,
         *,
         loss: Tensor | float | None = None,
-    ) -> Tensor | float:
+    ) -> Tensor | float | None:
         """Performs one step.
+
+        With neither argument the loss is that of :meth:`watch_loss`; a step for which every ``lr``
+        is 0 needs none.
 
         Args:
             closure: clears the gradients, evaluates the loss, calls ``backward()`` and returns the
@@ -108,31 +128,34 @@ class FrankWolfe(Optimizer):
                 negative, without the weight decay term.
 
         Returns:
-            The loss, as it was passed or returned.
+            The loss, as it was passed or returned; ``None`` if it was watched.
 
         Raises:
-            TypeError: neither or both of ``closure`` and ``loss`` were given, or the loss is not a
-                number.
+            TypeError: both of ``closure`` and ``loss`` were given, or neither and none is watched;
+                or the loss is not a number.
             ValueError: the loss is not a scalar.
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse; or the watched module has taken part in no
+                ``backward()`` since the last step.
 
         A loss or gradient that is NaN or infinite (or whose squared norm overflows) skips the step:
         nothing changes, :attr:`gamma` is NaN and :attr:`skipped_steps` grows by one.
         """
-        given = _evaluate(type(self).__name__, closure, loss)
+        given, result = self._loss(closure, loss)
         self._check_gradients()
 
+        average = mean_loss(given, self._device(), self.process_group)
         kernels = self._kernels()
         batches = [b for group in self.param_groups for b in self._pull_back(group, kernels)]
-        ell = _scalar(given, batches)
-        terms = [tuple(term.to(ell) for term in batch.sums()) for batch in batches]
+        sums = [batch.sums() for batch in batches]
+        ell = _scalar(average(), batches)
+        terms = over_shards(batches, [tuple(term.to(ell) for term in pair) for pair in sums])
         finite = torch.stack([ell, *(x for term in terms for x in term)]).isfinite().all()
         if not readable(finite) or finite:
             gamma = self._search(ell, batches, terms)
             finite = finite & gamma.isfinite()  # a NaN among the weights themselves
         if readable(finite) and not finite:
             self._report(torch.full_like(ell, torch.nan), finite)
-            return given
+            return result
 
         self._update(batches, gamma, finite)
         written = {
@@ -141,7 +164,46 @@ class FrankWolfe(Optimizer):
         for group in self.param_groups:
             self._quantize(group, written)
         self._report(torch.where(finite, gamma, torch.nan), finite)
-        return given
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and with them what has been seen of a watched loss."""
+        super().zero_grad(set_to_none)
+        self._watch.clear()
+
+    def watch_loss(
+        self,
+        module: nn.Module,
+        get: Callable[[Any], Tensor | None] = loss_of,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> RemovableHandle:
+        r"""Takes the loss from ``module``, for loops that call ``step()`` without an argument.
+
+        Whatever the loop does with the outputs :math:`\ell_k` of ``module`` before it calls
+        ``backward()`` on a result :math:`f`, as long as :math:`f` is linear in them: the step is
+        made for :math:`\sum_k \langle \partial f/\partial\ell_k, \ell_k\rangle`, the sum over
+        everything since the last step or :meth:`zero_grad`. So losses divided for gradient
+        accumulation, weighted sums of several watched criteria and losses by sample are right, and
+        evaluation adds nothing.
+
+        Args:
+            module: a criterion, or a model that returns its loss.
+            get: finds the loss in the output of ``module``; by default it is the output itself, or
+                its ``loss``. Where that is ``None``, there is nothing to be seen.
+            scaler: the gradient scaler, if one is used, for its scale is not part of the loss.
+
+        Returns:
+            A handle, whose ``remove()`` ends it.
+
+        :meth:`step` with ``loss`` ignores what was seen; with a closure, it takes that rather than
+        the closure's result. Copies of ``module`` are not watched.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"module={module!r} must be a torch.nn.Module that computes the loss, such as "
+                "nn.CrossEntropyLoss()"
+            )
+        return self._watch.add(module, get, scaler)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint, see :meth:`torch.optim.Optimizer.load_state_dict`.
@@ -177,16 +239,32 @@ class FrankWolfe(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_written", {})
+        self.__dict__.setdefault("_watch", LossWatch(self))
         for group in self.param_groups:
             group.setdefault("foreach", None)
             group.setdefault("fused", None)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own keeps three attributes only.
-        own = ("gamma", "skipped_steps", "_ready")
+        own = ("gamma", "skipped_steps", "process_group", "_ready")
+        if not isinstance(self.process_group, str | None):
+            raise TypeError(
+                "an optimizer with a process group of its own cannot be copied or pickled; save "
+                "optimizer.state_dict(), and give the process_group to a new optimizer"
+            )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     # The stages of a step -----------------------------------------------------------------------
+
+    def _loss(
+        self, closure: Callable[[], Tensor | float] | None, loss: Tensor | float | None
+    ) -> tuple[Tensor | float, Tensor | float | None]:
+        """The loss by which to step, and what to return."""
+        unknown = closure is None and loss is None and not self._watch.active
+        # torch.distributed.checkpoint makes steps of length 0, to see what state there is.
+        if unknown and all(float(group["lr"]) == 0 for group in self.param_groups):
+            return 0.0, None
+        return value_of_loss(type(self).__name__, closure, loss, self._watch)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -251,7 +329,7 @@ class FrankWolfe(Optimizer):
         quantizer = QUANTIZERS[group["quantizer"]]
         if "latent" not in state:
             # Frozen until now. Only a step that counts quantizes the parameter itself.
-            state.update(quantizer.start(p, group))
+            state.update(_started(p, group))
         if not quantizer.variables.keys() <= state.keys():
             raise ValueError(_CHANGED.format(repr(group["quantizer"])))
         self._warn_if_overwritten(p, group)
@@ -264,7 +342,8 @@ class FrankWolfe(Optimizer):
         for key, value, pulled, own_bounds in _variables(p, state, group):
             bounds = own_bounds or _box(group)
             keeps = _keeps(group, state, key)
-            kind = (value.device, value.dtype, bounds, own_bounds is None, keeps)
+            groups = groups_of(value)
+            kind = (value.device, value.dtype, bounds, own_bounds is None, keeps, groups)
             if kind not in batches:
                 batches[kind] = Variables(
                     lr=_scalar_lr(group["lr"]),
@@ -274,8 +353,11 @@ class FrankWolfe(Optimizer):
                     bounds=bounds,
                     exact=group.get("step_size") == "exact",
                     foreach=group["foreach"] is not False,
+                    groups=groups,
                 )
-            batches[kind].add(value, pulled, (p, momentum_key(key)))
+            gradient = local(placed_like(pulled.gradient, value))
+            metric = None if pulled.metric is None else local(settled(pulled.metric))
+            batches[kind].add(local(value), Pulled(gradient, metric), (p, key))
 
     def _search(
         self, ell: Tensor, batches: Sequence[Batch], terms: list[tuple[Tensor, ...]]
@@ -288,7 +370,8 @@ class FrankWolfe(Optimizer):
             return unboxed
         # From inside the box the exact root is never below the closed form's, and the slope at 0
         # is the same: if that is an end point, so is the other.
-        inside = readable(ell) and all(batch.inside() for batch in boxed)
+        # (A process that sees its own part only cannot tell.)
+        inside = readable(ell) and all(not batch.groups and batch.inside() for batch in boxed)
         if inside and unboxed in (0, 1):
             return unboxed
         straight = [t for batch, t in zip(batches, terms, strict=True) if not batch.searched]
@@ -296,14 +379,15 @@ class FrankWolfe(Optimizer):
 
         def slope(gamma: Tensor) -> tuple[Tensor, Tensor]:
             total, bend = ell - decay - (curvature + eps) * gamma, -(curvature + eps)
-            for batch in boxed:
-                s, b = batch.slope(gamma.to(batch.values[0].device))
-                total, bend = total + s.to(ell), bend + b.to(ell)
+            pairs = [batch.slope(gamma.to(batch.values[0].device)) for batch in boxed]
+            for s, b in over_shards(boxed, [(s.to(ell), b.to(ell)) for s, b in pairs]):
+                total, bend = total + s, bend + b
             return total, bend
 
         return climb(slope, unboxed) if inside else maximize(slope, like=ell)
 
     def _report(self, gamma: Tensor, finite: Tensor) -> None:
+        self._watch.clear()
         if torch.compiler.is_compiling():  # which loses what is assigned to an optimizer
             self.gamma.copy_(gamma)
             self.skipped_steps.add_(~finite)
@@ -333,7 +417,7 @@ class FrankWolfe(Optimizer):
                 elif p.grad is not None:
                     state = self.state[p]
                     for key, value in QUANTIZERS[group["quantizer"]].derive(state, group).items():
-                        state[key].copy_(value)
+                        state[key].copy_(settled(value))
                     self._publish(p, group)
 
     # State --------------------------------------------------------------------------------------
@@ -347,12 +431,24 @@ class FrankWolfe(Optimizer):
 
     @torch.no_grad()
     def _start_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
+        variables = [""]
         if group.get("quantizer") is not None:
+            variables = list(QUANTIZERS[group["quantizer"]].variables)
             if "latent" not in self.state[p]:
-                self.state[p].update(QUANTIZERS[group["quantizer"]].start(p, group))
+                self.state[p].update(_started(p, group))
                 self._publish(p, group)
         elif group.get("radius") is not None:
             p.clamp_(*_box(group))
+        # At once: distributed checkpoints load what is there, and no more.
+        if group["momentum"] != 0:
+            state = self.state[p]
+            for variable in variables:
+                state.setdefault(momentum_key(variable), torch.zeros_like(state.get(variable, p)))
+
+    def _device(self) -> torch.device:
+        """Where the loss is wanted."""
+        params = (p for group in self.param_groups for p in group["params"])
+        return next((p.device for p in params), torch.get_default_device())
 
     def _publish(self, p: Tensor, group: dict[str, Any]) -> None:
         p.copy_(QUANTIZERS[group["quantizer"]].quantize(self.state[p], group))
@@ -392,11 +488,11 @@ class FrankWolfe(Optimizer):
         if batch.momentum is None:
             return []
         buffers = []
-        for value, (p, key) in zip(batch.values, batch.owners, strict=True):
-            state = self._state_of(p)
+        for p, variable in batch.owners:
+            state, key = self._state_of(p), momentum_key(variable)
             if key not in state:
-                state[key] = torch.zeros_like(value, memory_format=torch.preserve_format)
-            buffers.append(state[key])
+                state[key] = torch.zeros_like(state.get(variable, p))
+            buffers.append(local(state[key]))
         return buffers
 
     @torch.no_grad()
@@ -410,6 +506,12 @@ class FrankWolfe(Optimizer):
                     self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
                 if "latent" in self.state.get(p, ()):
                     self._publish(p, group)
+
+
+def _started(p: Tensor, group: dict[str, Any]) -> State:
+    """The state with which a quantized parameter begins."""
+    state = QUANTIZERS[group["quantizer"]].start(p, group)
+    return {key: settled(value) for key, value in state.items()}
 
 
 def _variables(
@@ -437,35 +539,6 @@ def _fused(group: dict[str, Any]) -> bool:
 def _keeps(group: dict[str, Any], state: State, key: str) -> bool:
     """Whether momentum is kept for a variable."""
     return group["momentum"] != 0 or momentum_key(key) in state
-
-
-def _evaluate(
-    name: str, closure: Callable[[], Tensor | float] | None, loss: Tensor | float | None
-) -> Tensor | float:
-    """The loss, from whichever of the two was given."""
-    usage = (
-        "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with a "
-        "closure that calls backward() and returns the loss"
-    )
-    if (closure is None) == (loss is None):
-        problem = "needs the loss" if loss is None else "takes a closure or a loss, not both"
-        raise TypeError(f"{name}.step {problem}: {usage}")
-    if closure is not None:
-        if not callable(closure):
-            raise TypeError(f"{name}.step: the closure, {closure!r}, cannot be called: {usage}")
-        with torch.enable_grad():
-            loss = closure()
-    source = "the loss" if closure is None else "the closure's result"
-    if not isinstance(loss, Tensor | int | float):
-        raise TypeError(f"{source} is {loss!r}; it must be a real scalar tensor or a number")
-    if isinstance(loss, Tensor) and loss.is_complex():
-        raise TypeError(f"{source} has dtype {loss.dtype}; it must be real")
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(
-            f"{source} has shape {tuple(loss.shape)}; it must be a scalar: reduce it before "
-            "backward(), for example with loss.mean()"
-        )
-    return loss
 
 
 def _scalar(loss: Tensor | float, batches: Sequence[Batch]) -> Tensor:

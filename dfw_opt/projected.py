@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dfw_opt.data_parallel import Ranks
 from dfw_opt.optimizer import FrankWolfe
 
 __all__ = ["ProjectedDFW"]
@@ -47,6 +48,7 @@ class ProjectedDFW(FrankWolfe):
             that of :class:`DFW`, as if there were no box, and projects afterwards.
         foreach: as in :class:`DFW`.
         fused: as in :class:`DFW`.
+        process_group: as in :class:`DFW`.
 
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
@@ -80,6 +82,7 @@ class ProjectedDFW(FrankWolfe):
         step_size: str = "exact",
         foreach: bool | None = None,
         fused: bool | None = None,
+        process_group: Ranks = "world",
     ) -> None:
         super().__init__(
             params,
@@ -94,4 +97,5 @@ class ProjectedDFW(FrankWolfe):
                 "foreach": foreach,
                 "fused": fused,
             },
+            process_group,
         )

@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from dfw_opt.data_parallel import Ranks
 from dfw_opt.optimizer import FrankWolfe
 
 __all__ = ["TernaryDFW"]
@@ -31,6 +32,7 @@ class TernaryDFW(FrankWolfe):
         step_size: as in :class:`ProjectedDFW`.
         foreach: as in :class:`DFW`.
         fused: as in :class:`DFW`.
+        process_group: as in :class:`DFW`.
 
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
@@ -65,6 +67,7 @@ class TernaryDFW(FrankWolfe):
         step_size: str = "exact",
         foreach: bool | None = None,
         fused: bool | None = None,
+        process_group: Ranks = "world",
     ) -> None:
         super().__init__(
             params,
@@ -80,4 +83,5 @@ class TernaryDFW(FrankWolfe):
                 "foreach": foreach,
                 "fused": fused,
             },
+            process_group,
         )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dfw_opt.quantizers import Pulled
+from dfw_opt.sharding import Groups
 from dfw_opt.step_size import box_slope
 
 __all__ = ["UNBOUNDED", "Bounds", "Variables", "wide"]
@@ -43,12 +44,14 @@ class Variables:
     exact: bool
     """Whether the search for the step size sees the bounds."""
     foreach: bool
+    groups: Groups = ()
+    """Where the tensors are parts of sharded ones: over which processes sums have to be added."""
     values: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     metrics: list[Tensor | None] = field(default_factory=list)
     """``None`` stands for 1; either all of a batch are ``None``, or none."""
     owners: list[tuple[Tensor, str]] = field(default_factory=list)
-    """The parameter in whose state the momentum is kept, and its key there."""
+    """The parameter that each value is or is the state of, and its key there, or ""."""
     buffers: list[Tensor] = field(default_factory=list)
     """Momentum :math:`z`, one a value; empty where none is kept."""
 

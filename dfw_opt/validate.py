@@ -64,7 +64,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
     """Checks that the parameters of ``group`` suit its quantizer.
 
     Raises:
-        TypeError: a parameter is complex, not floating point, or sharded.
+        TypeError: a parameter is complex, or not floating point.
         ValueError: a parameter to be quantized has fewer than two dimensions, or is not finite.
     """
     quantizer = group.get("quantizer")
@@ -73,10 +73,6 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; "
                 "only real floating-point parameters can be trained"
-            )
-        if hasattr(p, "device_mesh"):
-            raise TypeError(
-                f"a parameter of shape {tuple(p.shape)} is sharded (a DTensor): not supported"
             )
         if quantizer is None:
             continue

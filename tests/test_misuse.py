@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed import FileStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import prune
 
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW, param_groups
@@ -116,15 +112,3 @@ def test_a_checkpoint_from_before_unfreezing_says_what_to_do() -> None:
     optimizer = ProjectedDFW(param_groups(model))
     with pytest.raises(ValueError, match="freeze it, load, then unfreeze"):
         optimizer.load_state_dict(saved)
-
-
-def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
-    store = FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
-        with pytest.raises(TypeError, match="sharded"):
-            DFW([sharded])
-    finally:
-        torch.distributed.destroy_process_group()

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dfw_opt.sharding import largest
+
 __all__ = ["Group", "Pulled", "Quantizer", "State", "normalised_latent"]
 
 State = dict[str, Tensor]
@@ -69,7 +71,7 @@ def normalised_latent(weight: Tensor, radius: float | None) -> tuple[Tensor, Ten
         :math:`u`, the shape of ``weight``, and :math:`c`, 0-dim, both in float32 or wider.
     """
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    unit = weight.abs().amax() if weight.numel() else weight.new_zeros(())
+    unit = largest(weight)
     unit = torch.where(unit < 1e-12, torch.ones_like(unit), unit)
     latent = weight / unit
     return (latent if radius is None else latent.clamp_(-radius, radius)), unit

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dfw_opt.quantizers.base import Group, Pulled, Quantizer, State, normalised_latent
+from dfw_opt.sharding import settled
 from dfw_opt.sign import sign
 
 __all__ = ["BINARY", "mean_magnitude", "pull_back", "quantize"]
@@ -68,7 +69,8 @@ def pull_back(grad: Tensor, latent: Tensor, unit: Tensor, scale: Tensor) -> Pull
 
 def _channel_mean(x: Tensor) -> Tensor:
     # Not mean(), whose result for an empty channel is NaN.
-    return x.sum(dim=tuple(range(1, x.dim())), keepdim=True) / max(1, math.prod(x.shape[1:]))
+    total = settled(x.sum(dim=tuple(range(1, x.dim())), keepdim=True))
+    return total / max(1, math.prod(x.shape[1:]))
 
 
 class _Binary:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dfw_opt.quantizers.base import Group, Pulled, Quantizer, State, normalised_latent
+from dfw_opt.sharding import largest, settled
 
 __all__ = ["SCALE_MIN", "TERNARY", "pull_back", "quantize", "threshold_of"]
 
@@ -37,7 +38,7 @@ SCALE_MIN = 1e-3
 
 def threshold_of(latent: Tensor, threshold: float) -> Tensor:
     r""":math:`\Delta = t \cdot \max|u|`, 0-dim."""
-    return threshold * latent.abs().amax() if latent.numel() else latent.new_zeros(())
+    return threshold * largest(latent)
 
 
 def quantize(
@@ -77,14 +78,16 @@ def pull_back(
     """
     g = grad.to(latent.dtype)
     positive, negative = _zones(latent, delta)
+    sums = [(g * positive).sum(), (g * negative).sum(), positive.sum(), negative.sum()]
+    # Together, so that they are one message if the tensor is sharded.
+    g_pos, g_neg, n_pos, n_neg = settled(torch.stack([x.to(g.dtype) for x in sums])).unbind()
     # An empty zone has gradient 0; counting one weight in it keeps M positive.
-    n_pos = positive.sum().clamp(min=1)
-    n_neg = negative.sum().clamp(min=1)
+    n_pos, n_neg = n_pos.clamp(min=1), n_neg.clamp(min=1)
     factor = torch.where(positive, scale_pos, torch.where(negative, scale_neg, 1.0))
     return {
         "latent": Pulled(factor * g / unit, unit.square()),
-        "scale_pos": Pulled((g * positive).sum() / (unit * n_pos), unit.square() * n_pos),
-        "scale_neg": Pulled(-(g * negative).sum() / (unit * n_neg), unit.square() * n_neg),
+        "scale_pos": Pulled(g_pos / (unit * n_pos), unit.square() * n_pos),
+        "scale_neg": Pulled(-g_neg / (unit * n_neg), unit.square() * n_neg),
     }
 
 

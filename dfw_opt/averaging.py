@@ -1,0 +1,170 @@
+r"""Averages of what is trained, with quantized weights.
+
+The average of binary weights is not binary. So the latents are averaged, the scales and the float
+parameters with them, and the average is quantized: :math:`Q(\bar u)`, not the mean of
+:math:`Q(u_t)`.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils
+
+from dfw_opt.checkpoint import momentum_key
+from dfw_opt.optimizer import FrankWolfe
+from dfw_opt.quantizers import QUANTIZERS, Group, State
+
+__all__ = ["AveragedModel"]
+
+
+class AveragedModel(swa_utils.AveragedModel):
+    r"""``torch.optim.swa_utils.AveragedModel`` for models with quantized weights.
+
+    ``module`` is a copy of the model whose quantized parameters are :math:`Q(\bar u)`, with
+    :math:`\bar u` the average of the latents (and, for ternary weights, with averaged scales); its
+    other parameters are averages themselves. So it is always ready for use, but for the running
+    statistics of BatchNorm, which ``torch.optim.swa_utils.update_bn`` adapts.
+
+    Args:
+        model: the model that ``optimizer`` trains.
+        optimizer: holds its latents. It is not kept alive.
+        device: where to keep the averages; by default where the parameters are.
+        avg_fn: as in torch: the new average, from average, current value and number of values so
+            far. By default, the mean of all.
+        multi_avg_fn: as in torch: the same for lists, in place; for example
+            ``torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)``.
+        use_buffers: whether buffers are averaged too, rather than copied.
+
+    Raises:
+        TypeError: ``optimizer`` is none of this package.
+
+    The state dict holds the averaged latents, below ``averages``.
+
+    >>> from dfw_opt import AveragedModel, ProjectedDFW, param_groups
+    >>> from torch.optim.swa_utils import get_ema_multi_avg_fn
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+    >>> optimizer = ProjectedDFW(param_groups(model, skip="1"), lr=0.1)
+    >>> averaged = AveragedModel(model, optimizer, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    >>> averaged.update_parameters(model)  # after each step
+    >>> averaged.module[0].weight.abs().unique(dim=1).shape  # binary
+    torch.Size([4, 1])
+
+    Source: Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*,
+    UAI 2018 (arXiv 1803.05407), for float networks.
+    """
+
+    averages: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: FrankWolfe,
+        device: int | torch.device | None = None,
+        avg_fn: Callable[[Tensor, Tensor, Tensor | int], Tensor] | None = None,
+        multi_avg_fn: Callable[[Any, Any, Tensor | int], None] | None = None,
+        use_buffers: bool = False,
+    ) -> None:
+        if not isinstance(optimizer, FrankWolfe):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}, which holds no latents; for it "
+                "torch.optim.swa_utils.AveragedModel is right"
+            )
+        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
+        self._optimizer: Callable[[], FrankWolfe | None] = weakref.ref(optimizer)
+        self.averages = nn.Module()
+        for _ in self._pairs(model):
+            pass
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes the present state of ``model`` and its optimizer into the average."""
+        pairs = list(self._pairs(model))
+        buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
+        if self.use_buffers:
+            pairs += buffers
+        if self.n_averaged == 0:
+            for averaged, current in pairs:
+                averaged.copy_(current)
+        else:
+            self._average(pairs)
+        if not self.use_buffers:
+            for averaged, current in buffers:
+                averaged.copy_(current)
+        self._quantize(model)
+        self.n_averaged += 1
+
+    def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is averaged and its present value, for everything that is trained."""
+        for name, mine, p, group in self._parameters_of(model):
+            if group is None:
+                yield mine.detach(), p.detach()
+                continue
+            state = self._state(name, self._living().state[p], mine.device)
+            for key in QUANTIZERS[group["quantizer"]].variables:
+                yield state[key], self._living().state[p][key]
+
+    def _average(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        if self.avg_fn is not None:
+            for averaged, current in pairs:
+                current = current.to(averaged.device)
+                averaged.copy_(self.avg_fn(averaged, current, self.n_averaged.to(averaged.device)))
+            return
+        function = self.multi_avg_fn or swa_utils.get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+        kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for averaged, current in pairs:
+            lists = kinds.setdefault((averaged.device, averaged.dtype), ([], []))
+            lists[0].append(averaged)
+            lists[1].append(current.to(averaged.device))
+        for (device, _), (averages, values) in kinds.items():
+            function(averages, values, self.n_averaged.to(device))
+
+    def _quantize(self, model: nn.Module) -> None:
+        for name, mine, p, group in self._parameters_of(model):
+            if group is not None:
+                quantizer = QUANTIZERS[group["quantizer"]]
+                state = self._state(name, self._living().state[p], mine.device)
+                for key, value in quantizer.derive(state, group).items():
+                    state[key].copy_(value)
+                mine.copy_(quantizer.quantize(state, group))
+
+    def _parameters_of(
+        self, model: nn.Module
+    ) -> Iterator[tuple[str, Tensor, Tensor, Group | None]]:
+        """Name, average, parameter of ``model``, and its group if it is quantized."""
+        optimizer = self._living()
+        quantized = {
+            id(p): group
+            for group in optimizer.param_groups
+            if group.get("quantizer") is not None
+            for p in group["params"]
+            if "latent" in optimizer.state.get(p, ())
+        }
+        parameters = zip(self.module.named_parameters(), model.parameters(), strict=True)
+        for (name, mine), p in parameters:
+            yield name, mine, p, quantized.get(id(p))
+
+    def _state(self, name: str, current: State, device: torch.device) -> State:
+        """The averaged state of a parameter, in this module's buffers; at first the current one."""
+        own = {key: f"{name.replace('.', '/')}/{key}" for key in current}
+        for key, value in current.items():
+            if key.endswith(momentum_key("")):
+                del own[key]
+            elif own[key] not in self.averages._buffers:
+                self.averages.register_buffer(own[key], value.detach().to(device, copy=True))
+        return {key: self.averages.get_buffer(buffer) for key, buffer in own.items()}
+
+    def _living(self) -> FrankWolfe:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError("the optimizer whose latents are averaged is no more; keep it alive")
+        return optimizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_optimizer": _gone}
+
+
+def _gone() -> None:
+    """What a copy or an unpickled average knows of its optimizer."""

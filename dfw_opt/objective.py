@@ -1,0 +1,190 @@
+r"""The value of the function whose gradient is in ``.grad``: passed, from a closure, or watched.
+
+Loops that call ``step()`` with no argument own the loss. There it is watched on its way: a forward
+hook on the module that computes a loss :math:`\ell_k` puts a hook on its gradient, and when
+``backward()`` is called on some :math:`f`, that hook is given :math:`g_k = \partial f/\partial
+\ell_k`. Where :math:`f` is linear in the losses (their sum, mean, or any other weighting, over
+modules, micro-batches or samples), :math:`f = \sum_k \langle g_k, \ell_k\rangle`. Adding up over
+several calls of ``backward()``, as gradients add up in ``.grad``, gives the function that these are
+the gradient of. What is evaluated without ``backward()`` adds nothing.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from dfw_opt.sharding import is_sharded
+
+__all__ = ["LossWatch", "loss_of", "value_of_loss"]
+
+_USAGE = (
+    "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with a "
+    "closure that calls backward() and returns the loss, or optimizer.watch_loss(criterion) once "
+    "where the loop that calls step() is not yours"
+)
+
+
+def value_of_loss(
+    name: str,
+    closure: Callable[[], Tensor | float] | None,
+    loss: Tensor | float | None,
+    watch: "LossWatch",
+) -> tuple[Tensor | float, Tensor | float | None]:
+    """The loss of a step of the optimizer called ``name``.
+
+    Returns:
+        The loss by which to step, and what the step is to return.
+    """
+    if closure is not None and loss is not None:
+        raise TypeError(f"{name}.step takes a closure or a loss, not both: {_USAGE}")
+    if closure is None and loss is None and not watch.active:
+        raise TypeError(f"{name}.step needs the loss: {_USAGE}")
+    if closure is not None:
+        if not callable(closure):
+            raise TypeError(f"{name}.step: the closure, {closure!r}, cannot be called: {_USAGE}")
+        with torch.enable_grad():
+            loss = closure()
+        _check("the closure's result", loss)
+    elif loss is not None:
+        _check("the loss", loss)
+        return loss, loss
+    if watch.active:
+        # Rather than the closure's result, which may be that of the last micro-batch alone.
+        return watch.value(name), loss
+    assert loss is not None
+    return loss, loss
+
+
+def _check(source: str, loss: Any) -> None:
+    if not isinstance(loss, Tensor | int | float):
+        raise TypeError(f"{source} is {loss!r}; it must be a real scalar tensor or a number")
+    if isinstance(loss, Tensor) and loss.is_complex():
+        raise TypeError(f"{source} has dtype {loss.dtype}; it must be real")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"{source} has shape {tuple(loss.shape)}; it must be a scalar: reduce it before "
+            "backward(), for example with loss.mean()"
+        )
+
+
+class LossWatch:
+    """Adds up the losses that are watched for an optimizer, from one step to the next."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._hooks: weakref.WeakSet[_ForwardHook] = weakref.WeakSet()
+        self._sum: Tensor | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a module is watched."""
+        return any(hook.registered for hook in self._hooks)
+
+    def add(
+        self,
+        module: nn.Module,
+        get: Callable[[Any], Tensor | None],
+        scaler: GradScaler | None,
+    ) -> RemovableHandle:
+        hook = _ForwardHook(self, get, scaler)
+        self._hooks.add(hook)
+        hook.handle = module.register_forward_hook(hook)
+        return hook.handle
+
+    def value(self, name: str) -> Tensor:
+        """The sum since it was last cleared."""
+        if self._sum is None:
+            raise RuntimeError(
+                f"{name}.step: no watched loss has been part of a backward() since the last step "
+                "or zero_grad(). Watch the module whose output the loop calls backward() on, or "
+                "pass the loss: optimizer.step(loss=loss)"
+            )
+        return self._sum
+
+    def clear(self) -> None:
+        """Begins a new sum."""
+        self._sum = None
+
+    def see(self, loss: Tensor, scaler: GradScaler | None, grad: Tensor) -> None:
+        r"""Adds :math:`\langle g, \ell\rangle`."""
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        part = (grad.detach().to(dtype) * loss.to(dtype)).sum()
+        if scaler is not None:
+            part = part / scaler.scale(torch.ones_like(part))
+        if self._sum is not None and self._begins_anew():
+            self._sum = None
+        self._sum = part if self._sum is None else self._sum + part.to(self._sum)
+
+    def _begins_anew(self) -> bool:
+        """Whether the gradients have been discarded, by whatever means, since the last call."""
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        params = (p for group in groups for p in group["params"])
+        # The gradient of a sharded parameter that is not synchronised waits elsewhere.
+        return not any(p.grad is not None or is_sharded(p) for p in params)
+
+
+class _ForwardHook:
+    """Keeps nothing alive: it may outlive the optimizer, and be copied with the module."""
+
+    handle: RemovableHandle
+
+    def __init__(
+        self,
+        watch: LossWatch,
+        get: Callable[[Any], Tensor | None],
+        scaler: GradScaler | None,
+    ) -> None:
+        self.watch, self.get, self.scaler = weakref.ref(watch), get, scaler
+
+    @property
+    def registered(self) -> bool:
+        hooks = self.handle.hooks_dict_ref()
+        return hooks is not None and self.handle.id in hooks
+
+    def __call__(self, module: nn.Module, _: Any, output: Any) -> None:
+        watch = self.watch()
+        if watch is None or not torch.is_grad_enabled():
+            return
+        loss = self.get(output)
+        if loss is None:
+            return
+        if not (isinstance(loss, Tensor) and loss.is_floating_point()):
+            raise TypeError(
+                f"the output of {type(module).__name__} has {type(loss).__name__} where the loss "
+                "was to be watched; say where it is: optimizer.watch_loss(module, "
+                "get=lambda output: ...)"
+            )
+        if loss.requires_grad:
+            value = loss.detach().clone()  # the loop may divide it in place
+            scaler = self.scaler
+            loss.register_hook(  # type: ignore[no-untyped-call]
+                lambda grad: watch.see(value, scaler, grad)
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Callable[..., None]":
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return _copied, ()
+
+
+def _nothing(*_: Any) -> None:
+    """What a watched module's copy has for a hook: its loss is not the optimizer's."""
+
+
+def _copied() -> Callable[..., None]:
+    return _nothing
+
+
+def loss_of(output: Any) -> Any:
+    """The loss in what a criterion or a model returns."""
+    if isinstance(output, Mapping):
+        return output.get("loss", output)
+    return getattr(output, "loss", output)
