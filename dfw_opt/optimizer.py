@@ -401,12 +401,9 @@ class FrankWolfe(Optimizer):
                 batch.move(gamma)
                 continue
             batch.buffers = self._momentum_buffers(batch)
-            # Where Python cannot know whether all is finite, the old values are kept on the device.
-            changing = [] if readable(finite) else batch.values + batch.buffers
-            before = [tensor.clone() for tensor in changing]
-            batch.move(gamma.to(batch.values[0].device))
-            for tensor, old in zip(changing, before, strict=True):
-                tensor.copy_(torch.where(finite.to(old.device), tensor, old))
+            device = batch.values[0].device
+            # Where Python cannot know whether all is finite, the device decides.
+            batch.move(gamma.to(device), None if readable(finite) else finite.to(device))
 
     def _quantize(self, group: dict[str, Any], written: set[Tensor]) -> None:
         """Quantizes what was moved, except what its kernel has already ``written``."""

@@ -78,9 +78,12 @@ class Variables:
         r"""What these variables add to :math:`\varphi'(\gamma)` and to its right derivative."""
         return slope_in_box(self, gamma)
 
-    def move(self, gamma: Tensor) -> None:
-        """Moves values and buffers by the module's formulas, in place."""
-        (multi_move if self.foreach else single_move)(self, gamma)
+    def move(self, gamma: Tensor, finite: Tensor | None = None) -> None:
+        """Moves values and buffers by the module's formulas, in place.
+
+        Where ``finite`` is false all stay as they are; ``None`` says that it is known to be true.
+        """
+        (multi_move if self.foreach else single_move)(self, gamma, finite)
 
     def inside(self) -> bool:
         """Whether all values, and what decay makes of them, are within the bounds; reads them."""
@@ -139,37 +142,60 @@ def slope_in_box(group: Variables, gamma: Tensor) -> tuple[Tensor, Tensor]:
     return slope, bend
 
 
-def single_move(group: Variables, gamma: Tensor) -> None:
+def single_move(group: Variables, gamma: Tensor, finite: Tensor | None) -> None:
     """:meth:`Variables.move`, one tensor at a time."""
     lr, weight_decay, momentum = group.lr, group.weight_decay, group.momentum
     for i, (v, d) in enumerate(zip(group.values, group.gradients, strict=True)):
         r = weight_decay * v
         moved = v - lr * (r + gamma * d)
         if momentum is not None:
-            z = group.buffers[i]
-            z.copy_(momentum * z - lr * gamma * (d + r))
+            z = momentum * group.buffers[i] - lr * gamma * (d + r)
             moved = moved + momentum * z
-        v.copy_(moved.clamp(*group.bounds))
+            _assign(group.buffers[i], z, finite)
+        _assign(v, moved.clamp(*group.bounds), finite)
 
 
-def multi_move(group: Variables, gamma: Tensor) -> None:
+def _assign(target: Tensor, value: Tensor, finite: Tensor | None) -> None:
+    target.copy_(value if finite is None else torch.where(finite, value, target))
+
+
+def multi_move(group: Variables, gamma: Tensor, finite: Tensor | None) -> None:
     """:meth:`Variables.move` by multi-tensor kernels."""
-    values, buffers, momentum = group.values, group.buffers, group.momentum
-    decay, reach = group.lr * group.weight_decay, group.lr * gamma
-    steps = torch._foreach_mul(group.gradients, reach)
-    if momentum is not None:
-        torch._foreach_mul_(buffers, momentum)
+    values, buffers = group.values, group.buffers
+    decay: float | Tensor = group.lr * group.weight_decay
+    kept: float | Tensor = group.momentum or 0.0
+    ahead = kept
+    if finite is None:
+        steps = torch._foreach_mul(group.gradients, group.lr * gamma)
+    else:
+        # A step that does not count has length 0, no decay, and keeps the whole momentum.
+        gamma, counts = gamma.where(finite, 0), finite.to(gamma.dtype)
+        decay, ahead = counts * decay, counts * ahead
+        kept = ahead.where(finite, 1)
+        steps = torch._foreach_mul(group.gradients, group.lr * gamma)
+        for step in steps:
+            step.masked_fill_(~finite, 0)  # 0 times infinity is not 0
+    if group.momentum is not None:
+        torch._foreach_mul_(buffers, kept)
         torch._foreach_sub_(buffers, steps)
         if group.weight_decay:
             torch._foreach_sub_(buffers, torch._foreach_mul(values, gamma * decay))
     if group.weight_decay:
         torch._foreach_mul_(values, 1 - decay)
     torch._foreach_sub_(values, steps)
-    if momentum is not None:
-        torch._foreach_add_(values, buffers, alpha=momentum)
+    if group.momentum is not None:
+        _add_scaled(values, buffers, ahead)
     if group.bounds != UNBOUNDED:
         torch._foreach_clamp_min_(values, group.bounds[0])
         torch._foreach_clamp_max_(values, group.bounds[1])
+
+
+def _add_scaled(values: list[Tensor], others: list[Tensor], factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor):  # which _foreach_add_ does not take
+        for value, other in zip(values, others, strict=True):
+            value.addcmul_(other, factor.to(value))
+    else:
+        torch._foreach_add_(values, others, alpha=factor)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
