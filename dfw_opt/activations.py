@@ -46,6 +46,9 @@ class SignActivation(nn.Module):
         self.ste = ste
 
     def forward(self, x: Tensor) -> Tensor:
+        # TorchScript has no room for a gradient of our own; what is traced is for use.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return sign(x)
         y: Tensor = _ESTIMATES[self.ste].apply(x)  # type: ignore[no-untyped-call]
         return y
 

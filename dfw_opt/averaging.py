@@ -40,6 +40,8 @@ class AveragedModel(swa_utils.AveragedModel):
 
     Raises:
         TypeError: ``optimizer`` is none of this package.
+        ValueError: it trains no parameter of ``model``; in ``update_parameters``, also if that is
+            not like the model that the average was made of.
 
     The state dict holds the averaged latents, below ``averages``.
 
@@ -75,18 +77,20 @@ class AveragedModel(swa_utils.AveragedModel):
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self._optimizer: Callable[[], FrankWolfe | None] = weakref.ref(optimizer)
         self.averages = nn.Module()
+        self._check(model)
         for _ in self._pairs(model):
             pass
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Takes the present state of ``model`` and its optimizer into the average."""
+        self._check(model)
         pairs = list(self._pairs(model))
         buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
         if self.use_buffers:
             pairs += buffers
         if self.n_averaged == 0:
-            for averaged, current in pairs:
+            for averaged, current in [*pairs, *self._units(model)]:
                 averaged.copy_(current)
         else:
             self._average(pairs)
@@ -95,6 +99,27 @@ class AveragedModel(swa_utils.AveragedModel):
                 averaged.copy_(current)
         self._quantize(model)
         self.n_averaged += 1
+
+    def _check(self, model: nn.Module) -> None:
+        """Refuses another model, before anything has changed."""
+        trained = {id(p) for group in self._living().param_groups for p in group["params"]}
+        if not any(id(p) in trained for p in model.parameters()):
+            raise ValueError(
+                f"model: the optimizer trains none of the parameters of this {type(model).__name__}"
+            )
+        ours = [*self.module.named_parameters(), *self.module.named_buffers()]
+        theirs = [*model.parameters(), *model.buffers()]
+        if len(ours) != len(theirs):
+            raise ValueError(
+                f"model has {len(theirs)} parameters and buffers, but the average {len(ours)}; "
+                "pass the model that the average was made of"
+            )
+        for (name, mine), other in zip(ours, theirs, strict=True):
+            if mine.shape != other.shape:
+                raise ValueError(
+                    f"model: {name} has shape {tuple(other.shape)}, but {tuple(mine.shape)} in the "
+                    "average; pass the model that the average was made of"
+                )
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """What is averaged and its present value, for everything that is trained."""
@@ -106,20 +131,29 @@ class AveragedModel(swa_utils.AveragedModel):
             for key in QUANTIZERS[group["quantizer"]].variables:
                 yield state[key], self._living().state[p][key]
 
+    def _units(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is not trained of the quantizers' states, like the pairs above."""
+        for name, mine, p, group in self._parameters_of(model):
+            if group is not None:
+                current = self._living().state[p]
+                for key, averaged in self._state(name, current, mine.device).items():
+                    if key not in QUANTIZERS[group["quantizer"]].variables:
+                        yield averaged, current[key]
+
     def _average(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        if self.avg_fn is not None:
+        if self.multi_avg_fn is None:
+            function = self.avg_fn or swa_utils.get_swa_avg_fn()  # type: ignore[no-untyped-call]
             for averaged, current in pairs:
-                current = current.to(averaged.device)
-                averaged.copy_(self.avg_fn(averaged, current, self.n_averaged.to(averaged.device)))
+                device = averaged.device
+                averaged.copy_(function(averaged, current.to(device), self.n_averaged.to(device)))
             return
-        function = self.multi_avg_fn or swa_utils.get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
         kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         for averaged, current in pairs:
             lists = kinds.setdefault((averaged.device, averaged.dtype), ([], []))
             lists[0].append(averaged)
             lists[1].append(current.to(averaged.device))
         for (device, _), (averages, values) in kinds.items():
-            function(averages, values, self.n_averaged.to(device))
+            self.multi_avg_fn(averages, values, self.n_averaged.to(device))
 
     def _quantize(self, model: nn.Module) -> None:
         for name, mine, p, group in self._parameters_of(model):

@@ -89,10 +89,12 @@ def _check_state(
         if not isinstance(value, Tensor) or value.shape != shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{where} has {key} of shape {found}, not {tuple(shape)}")
-        if is_sharded(value) != is_sharded(p):
+        # A single number is the same on all processes, whether it says so or not.
+        if is_sharded(value) != is_sharded(p) and (is_sharded(value) or value.dim() > 0):
             raise ValueError(
                 f"{where} has {key} that is {'not ' * is_sharded(p)}sharded, unlike the parameter; "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict adapts it"
+                "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict "
+                "(StateDictOptions(full_state_dict=True) if it is whole)"
             )
         if not value.is_floating_point():
             raise ValueError(f"{where} has {key} of dtype {value.dtype}, not floating point")

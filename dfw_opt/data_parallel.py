@@ -58,11 +58,12 @@ def mean_loss(
     ranks = dist.get_world_size(group)
     if ranks == 1:
         return lambda: loss
+    # In one type on all ranks, whatever they were given.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     if isinstance(loss, Tensor):
-        dtype = torch.promote_types(loss.dtype, torch.float32)
         total = loss.detach().reshape(()).to(device, dtype, copy=True)
     else:
-        total = torch.tensor(loss, device=device, dtype=torch.float32)
+        total = torch.tensor(loss, device=device, dtype=dtype)
     work = dist.all_reduce(total, group=group, async_op=True)
 
     def wait() -> Tensor:

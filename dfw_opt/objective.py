@@ -80,11 +80,17 @@ class LossWatch:
         self._optimizer = weakref.ref(optimizer)
         self._hooks: weakref.WeakSet[_ForwardHook] = weakref.WeakSet()
         self._sum: Tensor | None = None
+        self._backward = -1
 
     @property
     def active(self) -> bool:
         """Whether a module is watched."""
         return any(hook.registered for hook in self._hooks)
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether there is a sum."""
+        return self._sum is not None
 
     def add(
         self,
@@ -92,7 +98,13 @@ class LossWatch:
         get: Callable[[Any], Tensor | None],
         scaler: GradScaler | None,
     ) -> RemovableHandle:
-        hook = _ForwardHook(self, get, scaler)
+        """Watches ``module`` from now on."""
+        if any(hook.registered and hook.module() is module for hook in self._hooks):
+            raise ValueError(
+                f"this {type(module).__name__} is watched already, and would count twice; remove() "
+                "the handle of the first watch_loss before"
+            )
+        hook = _ForwardHook(self, module, get, scaler)
         self._hooks.add(hook)
         hook.handle = module.register_forward_hook(hook)
         return hook.handle
@@ -114,15 +126,19 @@ class LossWatch:
     def see(self, loss: Tensor, scaler: GradScaler | None, grad: Tensor) -> None:
         r"""Adds :math:`\langle g, \ell\rangle`."""
         dtype = torch.promote_types(loss.dtype, torch.float32)
-        part = (grad.detach().to(dtype) * loss.to(dtype)).sum()
+        g = grad.detach().to(dtype)
+        # What does not count may be infinite.
+        part = torch.where(g == 0, g, g * loss.to(dtype)).sum()
         if scaler is not None:
             part = part / scaler.scale(torch.ones_like(part))
-        if self._sum is not None and self._begins_anew():
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward and self._discarded():
             self._sum = None
+        self._backward = backward
         self._sum = part if self._sum is None else self._sum + part.to(self._sum)
 
-    def _begins_anew(self) -> bool:
-        """Whether the gradients have been discarded, by whatever means, since the last call."""
+    def _discarded(self) -> bool:
+        """At the start of a backward(), whether the gradients of earlier ones are no more."""
         optimizer = self._optimizer()
         groups = [] if optimizer is None else optimizer.param_groups
         params = (p for group in groups for p in group["params"])
@@ -138,10 +154,12 @@ class _ForwardHook:
     def __init__(
         self,
         watch: LossWatch,
+        module: nn.Module,
         get: Callable[[Any], Tensor | None],
         scaler: GradScaler | None,
     ) -> None:
-        self.watch, self.get, self.scaler = weakref.ref(watch), get, scaler
+        self.watch, self.module = weakref.ref(watch), weakref.ref(module)
+        self.get, self.scaler = get, scaler
 
     @property
     def registered(self) -> bool:
@@ -185,6 +203,6 @@ def _copied() -> Callable[..., None]:
 
 def loss_of(output: Any) -> Any:
     """The loss in what a criterion or a model returns."""
-    if isinstance(output, Mapping):
-        return output.get("loss", output)
+    if isinstance(output, Mapping) and "loss" in output:
+        return output["loss"]
     return getattr(output, "loss", output)

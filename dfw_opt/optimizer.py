@@ -21,7 +21,16 @@ from dfw_opt.data_parallel import Ranks, check_process_group, mean_loss
 from dfw_opt.fused import KINDS, LEAST_ELEMENTS, FusedVariables, fits
 from dfw_opt.objective import LossWatch, loss_of, value_of_loss
 from dfw_opt.quantizers import QUANTIZERS, Pulled, State
-from dfw_opt.sharding import groups_of, local, over_shards, placed_like, settled
+from dfw_opt.sharding import (
+    groups_of,
+    is_sharded,
+    local,
+    over_shards,
+    placed_like,
+    replicated,
+    settled,
+    whole,
+)
 from dfw_opt.step_size import climb, closed_form, maximize, readable
 from dfw_opt.update import UNBOUNDED, Bounds, Variables, wide
 from dfw_opt.validate import check_hyperparameters, check_parameters
@@ -197,6 +206,10 @@ class FrankWolfe(Optimizer):
 
         :meth:`step` with ``loss`` ignores what was seen; with a closure, it takes that rather than
         the closure's result. Copies of ``module`` are not watched.
+
+        Raises:
+            TypeError: ``module`` is no module.
+            ValueError: it is watched already.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(
@@ -260,11 +273,12 @@ class FrankWolfe(Optimizer):
         self, closure: Callable[[], Tensor | float] | None, loss: Tensor | float | None
     ) -> tuple[Tensor | float, Tensor | float | None]:
         """The loss by which to step, and what to return."""
-        unknown = closure is None and loss is None and not self._watch.active
+        unknown = closure is None and loss is None and not self._watch.has_seen
         # torch.distributed.checkpoint makes steps of length 0, to see what state there is.
         if unknown and all(float(group["lr"]) == 0 for group in self.param_groups):
             return 0.0, None
-        return value_of_loss(type(self).__name__, closure, loss, self._watch)
+        given, result = value_of_loss(type(self).__name__, closure, loss, self._watch)
+        return whole(given) if isinstance(given, Tensor) else given, result
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -436,9 +450,9 @@ class FrankWolfe(Optimizer):
                 self._publish(p, group)
         elif group.get("radius") is not None:
             p.clamp_(*_box(group))
-        # At once: distributed checkpoints load what is there, and no more.
+        # At once: distributed checkpoints load what is there, and miss parameters without a state.
+        state = self.state[p]
         if group["momentum"] != 0:
-            state = self.state[p]
             for variable in variables:
                 state.setdefault(momentum_key(variable), torch.zeros_like(state.get(variable, p)))
 
@@ -500,7 +514,10 @@ class FrankWolfe(Optimizer):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 dtype = wide(p.dtype) if quantized else p.dtype
                 for key, value in loaded["state"].get(index, {}).items():
-                    self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
+                    value = value.detach().to(p.device, dtype, copy=True)
+                    if is_sharded(p) and not is_sharded(value):
+                        value = replicated(value, p.device_mesh)
+                    self.state[p][key] = value
                 if "latent" in self.state.get(p, ()):
                     self._publish(p, group)
 
@@ -544,7 +561,6 @@ def _scalar(loss: Tensor | float, batches: Sequence[Batch]) -> Tensor:
     dtype = reduce(torch.promote_types, (v.dtype for v in values), torch.float32)
     if isinstance(loss, Tensor):
         device = values[0].device if values else loss.device
-        dtype = torch.promote_types(dtype, loss.dtype)
         return loss.detach().reshape(()).to(device, dtype)
     return torch.full((), loss, dtype=dtype, device=values[0].device if values else None)
 

@@ -15,7 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Groups", "is_sharded", "largest", "local", "over_shards", "placed_like", "settled"]
+__all__ = [
+    "Groups",
+    "groups_of",
+    "is_sharded",
+    "largest",
+    "local",
+    "over_shards",
+    "placed_like",
+    "replicated",
+    "settled",
+    "whole",
+]
 
 Groups = tuple[Any, ...]
 """The process groups over which the parts of a tensor have to be added up, one after the other."""
@@ -60,6 +71,18 @@ def settled(x: Tensor) -> Tensor:
     return _redistributed(x, [Replicate() if p.is_partial() else p for p in placements])
 
 
+def whole(x: Tensor) -> Tensor:
+    """All of ``x``, on each process."""
+    return cast(Tensor, cast(Any, x).full_tensor()) if is_sharded(x) else x
+
+
+def replicated(x: Tensor, mesh: Any) -> Tensor:
+    """``x``, which is the same on all processes of ``mesh``, as a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def placed_like(x: Tensor, other: Tensor) -> Tensor:
     """``x`` in parts that are those of ``other``."""
     return _redistributed(x, cast(Any, other).placements) if is_sharded(other) else x
@@ -72,12 +95,9 @@ def largest(x: Tensor) -> Tensor:
     if not is_sharded(x):
         return result
     # A process may have no part at all, which DTensor's own amax does not allow.
-    from torch.distributed.tensor import DTensor, Replicate
-
     for group in groups_of(x):
         dist.all_reduce(result, dist.ReduceOp.MAX, group)
-    mesh = cast(Any, x).device_mesh
-    return DTensor.from_local(result, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated(result, cast(Any, x).device_mesh)
 
 
 def over_shards(

@@ -64,7 +64,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
     """Checks that the parameters of ``group`` suit its quantizer.
 
     Raises:
-        TypeError: a parameter is complex, or not floating point.
+        TypeError: a parameter is complex, not floating point, or flattened by FSDP1.
         ValueError: a parameter to be quantized has fewer than two dimensions, or is not finite.
     """
     quantizer = group.get("quantizer")
@@ -73,6 +73,12 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; "
                 "only real floating-point parameters can be trained"
+            )
+        if getattr(p, "_fsdp_flattened", False):
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} is a piece of several that "
+                "FullyShardedDataParallel has joined; shard the model with "
+                "torch.distributed.fsdp.fully_shard (FSDP2) instead"
             )
         if quantizer is None:
             continue

@@ -28,7 +28,6 @@ from typing import Any
 import cifar_resnet20
 import full_disk
 import pytest
-import ranks
 import torch
 from helpers import (
     KINDS,
@@ -71,7 +70,9 @@ def draw_batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 class TestNotFinite:
-    """See also test_invariants.py, for a loss and single elements of synthetic gradients."""
+    """See also test_invariants.py, for a loss and single elements of synthetic gradients, and
+    test_data_parallel.py and test_sharded.py, for one of several ranks.
+    """
 
     @THREE
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -102,29 +103,6 @@ class TestNotFinite:
 
         assert run([0, 1, 2, 3, 4]) == run([0, 1, 3, 4])
         assert run([2, 0, 1]) == run([0, 1])
-
-    def test_one_rank(self, tmp_path: Path) -> None:
-        """All ranks skip the step, hold the same bits, and those of a run without that step."""
-        processes = [
-            subprocess.Popen(
-                [sys.executable, ranks.__file__, str(rank), "2", str(tmp_path)], env=ENVIRONMENT
-            )
-            for rank in range(2)
-        ]
-        try:
-            assert [process.wait(timeout=200) for process in processes] == [0, 0]
-        finally:
-            for process in processes:
-                process.kill()
-        first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
-        assert repr(first) == repr(second)
-        assert list(first) == [str(kind) for kind in MAIN_KINDS]
-        for runs in first.values():
-            skipped = [i for i, gamma in enumerate(runs["all"]["gammas"]) if math.isnan(gamma)]
-            assert tuple(skipped) == ranks.BAD
-            assert runs["all"]["skipped"] == len(ranks.BAD)
-            assert runs["good"]["skipped"] == 0
-            assert runs["all"]["end"] == runs["good"]["end"]
 
 
 @pytest.fixture(scope="module")
