@@ -22,6 +22,7 @@ from torch.utils import backend_registration
 from watch import Watch
 
 import dfw_opt.optimizer
+import dfw_opt.step_size
 
 register: Any = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
 if register is None:
@@ -124,7 +125,43 @@ def test_state_follows_a_moved_model(kind: Kind) -> None:
     for p in params:
         for name, value in optimizer.state[p].items():
             optimizer.state[p][name] = value.to("fake:1")
+    optimizer.skipped_steps = optimizer.skipped_steps.to("fake:1")
     optimizer.step(loss=torch.ones((), device="fake:0"))
     for p in params:
         for value in optimizer.state[p].values():
             assert value.device == p.device
+    assert optimizer.gamma.device == optimizer.skipped_steps.device == params[0].device
+
+
+@pytest.fixture
+def _loading_may_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so may a step on the CPU, which has no values here either."""
+    monkeypatch.setattr(dfw_opt.optimizer, "check_checkpoint", lambda *arguments: None)
+    for module in (dfw_opt.optimizer, dfw_opt.step_size):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
+
+
+@ALL_KINDS
+@pytest.mark.usefixtures("_loading_may_look")
+@pytest.mark.parametrize(
+    ("source", "target"), [("cpu", "fake:0"), ("fake:0", "cpu"), ("fake:0", "fake:1")]
+)
+def test_loaded_state_comes_to_the_parameters(kind: Kind, source: str, target: str) -> None:
+    """A checkpoint of another device, as of torch.load without map_location; it stays there."""
+    params = fake_params(source)
+    optimizer = kind.make(params)
+    give_gradients(params)
+    optimizer.step(loss=1.0)
+    saved = optimizer.state_dict()
+    others = fake_params(target)
+    other = kind.make(others)
+    other.load_state_dict(saved)
+    for p, q in zip(params, others, strict=True):
+        assert other.state[q].keys() == optimizer.state[p].keys() != set()
+        for value in other.state[q].values():
+            assert value.device == q.device
+    give_gradients(others)
+    other.step(loss=torch.ones((), device=target))
+    for state in saved["state"].values():
+        for value in state.values():
+            assert value.device == params[0].device

@@ -1,9 +1,10 @@
-"""What is trained leaves the house: as a graph of torch.export, and as ONNX, with the same scores.
+"""What is trained leaves the house: exported, traced, and as ONNX, with the same scores.
 
 The quantized weights are in the plain model, so nothing of this package has to know about it.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,20 @@ def test_exported_program(trained: tuple[nn.Module, Tensor, Tensor], tmp_path: P
     loaded = torch.export.load(tmp_path / "net.pt2").module()
     with torch.no_grad():
         assert torch.equal(loaded(images), scores)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_traced(trained: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+    """A TorchScript file, read back, for batches of another size than the traced one."""
+    model, images, scores = trained
+    traced: Any = torch.jit.trace(model, images[:7])  # type: ignore[no-untyped-call]
+    traced.save(str(tmp_path / "net.ts"))
+    loaded: Any = torch.jit.load(tmp_path / "net.ts")  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        assert torch.equal(loaded(images), scores)
+    weights = dict(loaded.named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(weights[name], p)
 
 
 def test_onnx(trained: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The interface: construction, errors, groups, closures and losses, schedulers, hooks, copies."""
+"""The interface: construction, errors, groups, closures and losses, hooks, copies."""
 
 # torch leaves backward() and its hooks untyped.
 # mypy: disable-error-code="no-untyped-call"
@@ -36,7 +36,6 @@ from helpers import (
 )
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import lr_scheduler, swa_utils
 
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW
 
@@ -799,68 +798,6 @@ class TestClosure:
         for _ in range(60):
             optimizer.step(closure)
         assert float(closure().detach()) < 0.8 * first
-
-
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4], 0.5),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 3),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 5),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 7, 2.0),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.3, 3, cycle_momentum=True),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=12, cycle_momentum=True),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1), lr_scheduler.CosineAnnealingLR(o, 5)], [3]
-    ),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.ConstantLR(o, 0.5, 2)]
-    ),
-    "SWALR": lambda o: swa_utils.SWALR(o, 0.01, anneal_epochs=4),
-}
-
-
-@THREE
-@ALL_PATHS
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(kind: Kind, path: str, name: str) -> None:
-    """They write lr and momentum into the groups; each step goes by what is written there."""
-    params = make_params(((3, 4), (2, 5)), torch.float64)
-    settings = [
-        reference.Settings(
-            weight_decay=0.1,
-            quantizer=kind.name if kind.quantized else None,
-            radius=1.0 if kind.quantized else None,
-        )
-        for _ in params
-    ]
-    expected = [
-        reference.make_parameter(to_numpy(p), s) for p, s in zip(params, settings, strict=True)
-    ]
-    groups = [{"params": [params[0]]}, {"params": [params[1]], "lr": 0.2}]
-    optimizer = kind.optimizer(groups, weight_decay=0.1, **PATHS[path])
-    scheduler = SCHEDULERS[name](optimizer)
-    seen = set()
-    for number in range(10):
-        draw_gradients(params, number)
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            setting.lr, setting.momentum = float(group["lr"]), group["momentum"]
-            seen.add((setting.lr, setting.momentum))
-        gradients = [to_numpy(p.grad) for p in params if p.grad is not None]
-        reference.step(expected, 0.3, gradients)
-        optimizer.step(loss=0.3)
-        if name == "ReduceLROnPlateau":
-            scheduler.step(1.0)
-        else:
-            scheduler.step()
-    assert len(seen) > 2
-    for p, e in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.detach(), torch.tensor(e.forward()), rtol=1e-9, atol=1e-10)
 
 
 @THREE

@@ -247,31 +247,6 @@ def test_frozen_parameter(kind: Kind) -> None:
     assert everything(other) == everything(optimizer)
 
 
-@THREE
-def test_schedulers_resume(kind: Kind) -> None:
-    """The lr that a scheduler wrote is in the checkpoint, with its initial_lr."""
-    outcomes = []
-    for interrupted in (False, True):
-        params = make_params()
-        optimizer = kind.make(params)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-        for number in range(10):
-            if interrupted and number == 5:
-                saved = through_a_file(
-                    ([p.detach() for p in params], optimizer.state_dict(), scheduler.state_dict())
-                )
-                params = [Parameter(value) for value in saved[0]]
-                optimizer = kind.make(params)
-                scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-                optimizer.load_state_dict(saved[1])
-                scheduler.load_state_dict(saved[2])
-            draw_gradients(params, number)
-            optimizer.step(loss=1.0)
-            scheduler.step()
-        outcomes.append(everything(optimizer)[:2])
-    assert outcomes[0] == outcomes[1]
-
-
 class TestRefused:
     """ValueError, and neither optimizer nor parameters have changed."""
 
