@@ -8,22 +8,28 @@ Without --data it trains on the handwritten digits that come with scikit-learn:
 CIFAR-10 is downloaded once, and from then on it is --data data:
 
     python cifar_resnet20.py --net xnor --optimizer dfw --download --data data
+
+N processes, each with its own GPU if there are any, share every batch:
+
+    torchrun --nproc-per-node N cifar_resnet20.py --net xnor --optimizer dfw
 """
 
 import argparse
 import contextlib
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet20.command_line import INTERRUPTED, Parser, fail, missing, whole
+from resnet20.command_line import INTERRUPTED, Parser, fail, has_partners, missing, whole
 from resnet20.errors import UserError
 
 if TYPE_CHECKING:
     from resnet20.data import Data
+    from resnet20.distributed import Team
     from resnet20.settings import Settings
 
 _JOB = ("out", "resume", "export", "table", "bench", "download")
@@ -111,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     out = Path(job["out"] or _default_out(given, bool(job["table"])))
     try:
-        _run(given, job, out)
+        _run_in_team(given, job, out)
     except ModuleNotFoundError as error:
         return missing(error)
     except UserError as error:
@@ -124,7 +130,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
+def _run_in_team(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
+    from resnet20 import distributed
+
+    with distributed.team() as team:
+        _run(given, job, out, team)
+
+
+def _run(given: dict[str, Any], job: dict[str, Any], out: Path, team: "Team") -> None:
     from resnet20 import checkpoint, export, table
     from resnet20.bench import bench
     from resnet20.settings import Settings
@@ -134,10 +147,16 @@ def _run(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
     for name in ("table", "bench"):
         if job["export"] and job[name]:
             raise UserError(f"--export does not go with --{name}, which trains no single network")
-    if not job["bench"]:
-        _check_out(out, resume, bool(job["table"]))
+        if job[name] and team.size > 1:
+            raise UserError(f"--{name} is for one process; start it without torchrun")
     if job["download"]:
-        given["data"] = str(_download(Path(given.get("data", "data"))))
+        given.setdefault("data", "data")
+    if team.leads:
+        if not job["bench"]:
+            _check_out(out, resume, bool(job["table"]))
+        if job["download"]:
+            _download(Path(given["data"]))
+    team.meet()
     if "data" in given:  # a run may be resumed from another directory
         given["data"] = str(Path(given["data"]).resolve())
     if job["bench"]:
@@ -153,11 +172,11 @@ def _run(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
             finished = len(stored["history"]) == settings.epochs
         else:
             settings = Settings.choose(given)
-        data = _load(settings)
-        if job["export"]:
+        data = _load(settings, team.leads)
+        if job["export"] and team.leads:
             export.check(Path(job["export"]), finished)
-        run = train(settings, data, out, resume)
-        if job["export"]:
+        run = train(settings, data, out, resume, team)
+        if job["export"] and team.leads:
             print(export.export(run, Path(job["export"])), flush=True)
 
 
@@ -172,10 +191,10 @@ def _check_out(out: Path, resume: bool, is_table: bool) -> None:
         raise UserError(f"{out} holds one run, not a table; choose another --out")
 
 
-def _load(settings: "Settings") -> "Data":
+def _load(settings: "Settings", speaks: bool = True) -> "Data":
     from resnet20.data import load
 
-    if settings.data is None:
+    if settings.data is None and speaks:
         print(
             "No --data, so this trains on scikit-learn's handwritten digits, enlarged to 32x32; "
             "for CIFAR-10 add: --download --data data",
@@ -185,7 +204,7 @@ def _load(settings: "Settings") -> "Data":
     return load(directory, settings.limit, settings.validate)
 
 
-def _download(directory: Path) -> Path:
+def _download(directory: Path) -> None:
     from resnet20 import download
     from resnet20.progress import DownloadBar
 
@@ -195,7 +214,6 @@ def _download(directory: Path) -> Path:
         download.fetch(download.CIFAR10, directory, bar)
     finally:
         bar.close()
-    return directory
 
 
 def _default_out(given: dict[str, Any], is_table: bool) -> str:
@@ -208,7 +226,11 @@ def _after_interrupt(job: dict[str, Any], out: Path) -> str:
         return "Interrupted."
     if not any((out / name).exists() for name in _SIGNS_OF_A_RUN):
         return "Interrupted before the training; run the same command again."
-    command = [Path(sys.executable).name, sys.argv[0], "--out", str(out), "--resume"]
+    command = [Path(sys.executable).name]
+    if has_partners():
+        processes = os.environ["LOCAL_WORLD_SIZE"]
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", processes]
+    command += [sys.argv[0], "--out", str(out), "--resume"]
     command += ["--table"] * bool(job["table"])
     command += ["--export", job["export"]] if job["export"] else []
     return f"Interrupted. To go on: {shlex.join(command)}"

@@ -34,8 +34,12 @@ class Augmenter:
         mirrored = (line[:, None] * _PADDED + line.flip(0)).flatten()
         self._offsets = torch.stack((crop, mirrored)).to(device)
 
-    def epoch(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(
+        self, seed: int, epoch: int, batch_size: int, part: slice = slice(None)
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """All batches of an epoch; images that do not fill a last batch are left for another.
+
+        Only ``part`` of the rows of each batch is made.
 
         Everything random follows from ``(seed, epoch)`` and is drawn on the CPU, so that a run
         that is resumed, or that moves to another device, sees the same batches.
@@ -47,8 +51,9 @@ class Augmenter:
         mirror = torch.randint(2, (count,), generator=generator) * int(self._flips)
         starts = ((order * _PADDED + shift[0]) * _PADDED + shift[1]).to(device)
         order, mirror = order.to(device), mirror.to(device)
+        begin, end, _ = part.indices(batch_size)
         for first in range(0, count - batch_size + 1, batch_size):
-            batch = slice(first, first + batch_size)
+            batch = slice(first + begin, first + end)
             rows = starts[batch, None] + self._offsets[mirror[batch]]
             pixels = self._pixels.index_select(0, rows.view(-1))
             yield self.normalise(pixels.view(-1, SIZE, SIZE, 3)), self._labels[order[batch]]

@@ -1,20 +1,32 @@
 """What the command lines of the examples share: how they read whole numbers, and how they fail."""
 
 import argparse
+import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+# Of a process whose error another one is about to report, in seconds: torchrun ends all that it has
+# started as soon as one of them has failed.
+PATIENCE = 10
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
+        if has_partners() and os.environ["RANK"] != "0":
+            time.sleep(PATIENCE)  # the first process has the same command line
         self.exit(BAD_INPUT, f"error: {message}; --help lists the options\n")
+
+
+def has_partners() -> bool:
+    """Whether torchrun has started this process, and others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
 
 
 def whole(least: int) -> Callable[[str], int]:

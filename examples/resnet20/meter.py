@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .distributed import Team
+
 
 class Meter:
     """Sums up losses, correct answers and step sizes.
@@ -26,6 +28,10 @@ class Meter:
         finite = values.isfinite()
         self._sums += torch.where(finite, values, 0.0)
         self._images += finite * images
+
+    def join(self, team: Team) -> None:
+        """Add what the meters of the other processes have seen."""
+        self._sums, self._images = team.total(self._sums), team.total(self._images)
 
     def read(self) -> tuple[float, float, float]:
         """Mean loss, accuracy and mean γ; this waits for the device."""

@@ -21,9 +21,10 @@ def at_terminal() -> bool:
 class EpochBar:
     """The bar of one epoch, with the means so far of loss, accuracy and γ."""
 
-    def __init__(self, title: str, steps: int) -> None:
+    def __init__(self, title: str, steps: int, shown: bool = True) -> None:
+        disable = not (shown and at_terminal())
         self._bar: Any = tqdm(
-            total=steps, desc=title, leave=False, disable=not at_terminal(), dynamic_ncols=True
+            total=steps, desc=title, leave=False, disable=disable, dynamic_ncols=True
         )
         self._next_reading = 0.0
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import checkpoint, files, nets, report
 from .augment import Augmenter
 from .data import Data
+from .distributed import ALONE, Team
 from .errors import UserError
 from .meter import Meter
 from .optimizers import FrankWolfe, attach, criterion
@@ -28,30 +29,40 @@ _COMPILER = ("torch._dynamo", "torch._inductor")
 class Run:
     """A network in training, its optimizer, and the history of both."""
 
-    def __init__(self, settings: Settings, data: Data) -> None:
+    def __init__(self, settings: Settings, data: Data, team: Team = ALONE) -> None:
         if settings.batch_size > len(data.train):
             raise UserError(
                 f"--batch-size {settings.batch_size} is more than the {len(data.train)} training "
                 "images; make it smaller"
             )
+        if settings.batch_size < team.size:
+            raise UserError(
+                f"--batch-size {settings.batch_size} is less than the {team.size} processes that "
+                "share it; make it larger"
+            )
+        if settings.compile and team.size > 1:  # which would stop at each norm that they share
+            raise UserError("--compile is for one process; start it without torchrun")
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         if settings.device.startswith("cuda"):
             torch.backends.cudnn.deterministic = True
         self.settings = settings
         self.data = data
-        self.device = torch.device(settings.device)
+        self.team = team
+        self.device = team.device(settings.device)
         self.augmenter = Augmenter(data, self.device)
         self._held_out_images = data.held_out.images.to(self.device)
         self._held_out_labels = data.held_out.labels.to(self.device)
         model = nets.build(settings.net, settings.shortcut, settings.seed)
         self.model = model.to(self.device)
+        team.share_statistics(self.model)
         self.optimizer = attach(self.model, settings)
         self._layers = layers(self.model)
         self.criterion = criterion(settings)
-        self.forward: Callable[[Tensor], Tensor] = self.model
+        self._alone: Callable[[Tensor], Tensor] = self.model
         if settings.compile:
-            self.forward = torch.compile(self.model)
+            self._alone = torch.compile(self.model)
+        self.forward = team.parallel(self._alone)
         self.watch = WeightWatch(self.model, self.optimizer)
         self.history: list[report.Row] = []
 
@@ -65,9 +76,12 @@ class Run:
         return len(self.data.train) // self.settings.batch_size
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on one batch; return the loss and the number of correct answers."""
+        """One step on one batch; return the loss and the number of correct answers.
+
+        Each process of a team gives its part of the batch, and is told about the whole.
+        """
         scores = self._scores(images, self.forward)
-        loss = self.criterion(scores, labels)
+        loss = self.team.weigh(self.criterion(scores, labels), self.settings.batch_size)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if isinstance(self.optimizer, FrankWolfe):
@@ -76,20 +90,22 @@ class Run:
             self.optimizer.step()
             for layer in self._layers:
                 layer.clip()
-        return loss.detach(), (scores.detach().argmax(1) == labels).sum()
+        correct = (scores.detach().argmax(1) == labels).sum()
+        return self.team.mean(loss.detach()), self.team.total(correct)
 
     def steps(self, epoch: int) -> Iterator[Meter]:
         """Train for the epoch with this number (from 0); after each step yield its meter so far."""
         settings, count = self.settings, self.steps_per_epoch
         meter = Meter(self.device)
         self.model.train()
-        batches = self.augmenter.epoch(settings.seed, epoch, settings.batch_size)
+        size = settings.batch_size
+        batches = self.augmenter.epoch(settings.seed, epoch, size, self.team.rows(size))
         for i, (images, labels) in enumerate(batches, epoch * count):
             lr = learning_rate(settings.schedule, settings.lr, i, settings.epochs * count)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             loss, correct = self.train_step(images, labels)
-            meter.add(loss, correct, len(labels), getattr(self.optimizer, "gamma", None))
+            meter.add(loss, correct, size, getattr(self.optimizer, "gamma", None))
             yield meter
 
     def train_epoch(self) -> report.Row:
@@ -97,7 +113,7 @@ class Run:
         skipped_before = self._skipped()
         start = time.perf_counter()
         title = f"epoch {self.epoch + 1}/{self.settings.epochs}"
-        with EpochBar(title, self.steps_per_epoch) as bar:
+        with EpochBar(title, self.steps_per_epoch, self.team.leads) as bar:
             for meter in self.steps(self.epoch):
                 bar.advance(meter)
         train_loss, train_accuracy, gamma = meter.read()
@@ -121,16 +137,21 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module | None = None) -> tuple[float, float]:
-        """Loss and accuracy on the held-out images, of the network in training or of ``model``."""
+        """Loss and accuracy on the held-out images, of the network in training or of ``model``.
+
+        The processes of a team share the work on the network in training.
+        """
         (model or self.model).eval()
-        forward = self.forward if model is None else model
+        forward, team = (self._alone, self.team) if model is None else (model, ALONE)
         meter = Meter(self.device)
-        for first in range(0, len(self._held_out_labels), _EVALUATION_BATCH):
+        batches = range(0, len(self._held_out_labels), _EVALUATION_BATCH)
+        for first in batches[team.rank :: team.size]:
             batch = slice(first, first + _EVALUATION_BATCH)
             labels = self._held_out_labels[batch]
             scores = self._scores(self.augmenter.normalise(self._held_out_images[batch]), forward)
             correct = (scores.argmax(1) == labels).sum()
             meter.add(self.criterion(scores, labels), correct, len(labels))
+        meter.join(team)
         loss, accuracy, _ = meter.read()
         return loss, accuracy
 
@@ -180,11 +201,15 @@ class Run:
         return 0 if skipped is None else int(skipped)
 
 
-def train(settings: Settings, data: Data, out: Path, resume: bool) -> Run:
+def train(settings: Settings, data: Data, out: Path, resume: bool, team: Team = ALONE) -> Run:
     """Train to the end, leaving a checkpoint, the metrics and the curves in ``out``."""
-    run = Run(settings, data)
+    run = Run(settings, data, team)
     if resume:
         run.load_state_dict(checkpoint.load(out, settings.device))
+    if not team.leads:  # the files and the lines of text are for one process to write
+        while run.epoch < settings.epochs:
+            run.train_epoch()
+        return run
     files.make_directory(out)
     files.clear_leftovers(out, (checkpoint.NAME, report.METRICS, report.CURVES))
     if not resume:
@@ -208,11 +233,12 @@ def describe(run: Run) -> str:
     """What is about to be trained, in one line."""
     settings = run.settings
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    together = f", {run.team.size} processes" if run.team.size > 1 else ""
     done = f"; {run.epoch} of {settings.epochs} epochs done" if run.epoch else ""
     return (
         f"{settings.net} ResNet-20 ({parameters:,} parameters, {settings.shortcut} shortcuts), "
         f"{settings.optimizer}, lr {settings.lr:g}, {settings.loss_name} loss; {run.data.name}, "
         f"{len(run.data.train):,} training and {len(run.data.held_out):,} "
         f"{run.data.held_out_name} images; {settings.device}, "
-        f"{settings.precision}{done}"
+        f"{settings.precision}{together}{done}"
     )
