@@ -13,6 +13,8 @@ from dfw_opt.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+# Their blocks need the extra "frameworks".
+NEED_FRAMEWORKS = {"frameworks.md"}
 
 FENCE = re.compile(r"^ *(?P<ticks>`{3,}|:{3,})(?P<info>[^`\n]*)$", re.MULTILINE)
 # Languages and directives whose content nobody would try to run.
@@ -73,7 +75,17 @@ def own_quantizers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_quantizers")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            marks=[pytest.mark.frameworks] if page.name in NEED_FRAMEWORKS else [],
+            id=page.name,
+        )
+        for page in PAGES
+    ],
+)
 def test_every_python_block_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
