@@ -7,10 +7,16 @@ import torch
 from torch import Tensor
 
 from dfw_opt.quantizers import QUANTIZERS
-from dfw_opt.sharding import is_sharded
+from dfw_opt.sharding import all_finite, is_sharded, placed_alike
 from dfw_opt.validate import SETTINGS, check_hyperparameters
 
 __all__ = ["check_checkpoint", "momentum_key"]
+
+
+_REMEDY = (
+    "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict "
+    "(StateDictOptions(full_state_dict=True) if it is whole)"
+)
 
 
 def momentum_key(variable: str) -> str:
@@ -91,16 +97,17 @@ def _check_state(
             raise ValueError(f"{where} has {key} of shape {found}, not {tuple(shape)}")
         # A single number is the same on all processes, whether it says so or not.
         if is_sharded(value) != is_sharded(p) and (is_sharded(value) or value.dim() > 0):
+            is_not = "not sharded" if is_sharded(p) else "sharded"
+            raise ValueError(f"{where} has {key} that is {is_not}, unlike the parameter; {_REMEDY}")
+        if shape == p.shape and not placed_alike(value, p):
             raise ValueError(
-                f"{where} has {key} that is {'not ' * is_sharded(p)}sharded, unlike the parameter; "
-                "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict "
-                "(StateDictOptions(full_state_dict=True) if it is whole)"
+                f"{where} has {key} that is sharded otherwise than the parameter; {_REMEDY}"
             )
         if not value.is_floating_point():
             raise ValueError(f"{where} has {key} of dtype {value.dtype}, not floating point")
         if value.layout != torch.strided or value.is_meta:
             raise ValueError(f"{where} has {key} that is sparse, or without values")
-        if not value.isfinite().all():
+        if not all_finite(value):
             raise ValueError(f"{where} has {key} with NaN or infinite values")
 
 

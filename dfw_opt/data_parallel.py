@@ -63,7 +63,7 @@ def mean_loss(
     if isinstance(loss, Tensor):
         total = loss.detach().reshape(()).to(device, dtype, copy=True)
     else:
-        total = torch.tensor(loss, device=device, dtype=dtype)
+        total = torch.full((), loss, device=device, dtype=dtype)  # which waits for no device
     work = dist.all_reduce(total, group=group, async_op=True)
 
     def wait() -> Tensor:

@@ -53,7 +53,8 @@ class DFW(FrankWolfe):
             step is made; a ``ProcessGroup``; or ``None``, no others.
 
     Raises:
-        TypeError: a parameter is complex, or ``process_group`` is none.
+        TypeError: a parameter is complex, or flattened by FSDP1; or ``process_group`` is neither a
+            process group of this rank, nor ``"world"``, nor ``None``.
         ValueError: a setting is out of range; the message names it.
 
     >>> import torch

@@ -5,47 +5,42 @@ the latents, in its state; the model holds the quantized weights, at all times.
 """
 
 import ctypes
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from dfw_opt import native
-from dfw_opt.checkpoint import check_checkpoint, momentum_key
+from dfw_opt.checkpoint import momentum_key
 from dfw_opt.data_parallel import Ranks, check_process_group, mean_loss
 from dfw_opt.fused import KINDS, LEAST_ELEMENTS, FusedVariables, fits
 from dfw_opt.objective import LossWatch, loss_of, value_of_loss
 from dfw_opt.quantizers import QUANTIZERS, Pulled, State
 from dfw_opt.sharding import (
+    Groups,
+    all_groups,
     groups_of,
-    is_sharded,
     local,
     over_shards,
     placed_like,
-    replicated,
     settled,
     whole,
 )
+from dfw_opt.state import CHANGED, LatentOptimizer, box
 from dfw_opt.step_size import climb, closed_form, maximize, readable
-from dfw_opt.update import UNBOUNDED, Bounds, Variables, wide
+from dfw_opt.update import Bounds, Variables
 from dfw_opt.validate import check_hyperparameters, check_parameters
 
 __all__ = ["FrankWolfe"]
 
 Batch = Variables | FusedVariables
 
-_CHANGED = (
-    "quantizer={}: the quantizer of a group cannot change once it has been chosen; make a new "
-    "optimizer"
-)
 
-
-class FrankWolfe(Optimizer):
+class FrankWolfe(LatentOptimizer):
     r"""Base of :class:`~dfw_opt.DFW`, :class:`~dfw_opt.ProjectedDFW`, :class:`~dfw_opt.TernaryDFW`.
 
     Attributes:
@@ -73,8 +68,6 @@ class FrankWolfe(Optimizer):
     ) -> None:
         check_process_group(process_group)
         self.process_group = process_group
-        # At which version of its tensor a quantized parameter was last written.
-        self._written: dict[Tensor, int] = {}
         self._watch = LossWatch(self)
         super().__init__(params, defaults)
         devices = [p.device for group in self.param_groups for p in group["params"]]
@@ -155,12 +148,17 @@ class FrankWolfe(Optimizer):
         average = mean_loss(given, self._device(), self.process_group)
         kernels = self._kernels()
         batches = [b for group in self.param_groups for b in self._pull_back(group, kernels)]
+        among = all_groups(batch.groups for batch in batches)
         sums = [batch.sums() for batch in batches]
         ell = _scalar(average(), batches)
-        terms = over_shards(batches, [tuple(term.to(ell) for term in pair) for pair in sums])
+        *terms, (ell,) = over_shards(
+            [*(batch.groups for batch in batches), ()],
+            [*(tuple(term.to(ell) for term in pair) for pair in sums), (ell,)],
+            among,
+        )
         finite = torch.stack([ell, *(x for term in terms for x in term)]).isfinite().all()
         if not readable(finite) or finite:
-            gamma = self._search(ell, batches, terms)
+            gamma = self._search(ell, batches, terms, among)
             finite = finite & gamma.isfinite()  # a NaN among the weights themselves
         if readable(finite) and not finite:
             self._report(torch.full_like(ell, torch.nan), finite)
@@ -171,7 +169,7 @@ class FrankWolfe(Optimizer):
             p for batch in batches if isinstance(batch, FusedVariables) for p in batch.params
         }
         for group in self.param_groups:
-            self._quantize(group, written)
+            self._quantize(group, written, finite)
         self._report(torch.where(finite, gamma, torch.nan), finite)
         return result
 
@@ -218,40 +216,8 @@ class FrankWolfe(Optimizer):
             )
         return self._watch.add(module, get, scaler)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint, see :meth:`torch.optim.Optimizer.load_state_dict`.
-
-        Latents and scales keep their dtype, whatever that of the parameters, and the parameters are
-        set to the quantized latents. Tensors are copied, not shared with ``state_dict``.
-
-        Raises:
-            ValueError: the checkpoint is of another optimizer or of parameters of other shapes;
-                nothing is changed.
-        """
-        loaded: dict[str, Any] = {}
-
-        def check(_: Optimizer, incoming: dict[str, Any]) -> None:
-            check_checkpoint(incoming, self.param_groups, self.defaults)
-            loaded.update(incoming)
-
-        def restore(_: Optimizer) -> None:
-            self._restore(loaded)
-
-        # As hooks, the check sees what the user's own hooks made of the checkpoint, and their later
-        # hooks see the restored state.
-        handles = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_written", {})
         self.__dict__.setdefault("_watch", LossWatch(self))
         for group in self.param_groups:
             group.setdefault("foreach", None)
@@ -327,34 +293,18 @@ class FrankWolfe(Optimizer):
             else:
                 self._add_variables(others, p, state, group)
         compiled = [
-            FusedVariables(kernels, group, _box(group), keeps, *those)
+            FusedVariables(kernels, group, box(group), keeps, *those)
             for keeps, those in fused.items()
             if kernels is not None
         ]
         return [*compiled, *others.values()]
-
-    def _current_state(self, p: Tensor, group: dict[str, Any]) -> State:
-        """The state of ``p``, whose quantizer has been started; empty if it has none yet."""
-        state = self._state_of(p)
-        if group.get("quantizer") is None:
-            if "latent" in state:
-                raise ValueError(_CHANGED.format(None))
-            return state
-        quantizer = QUANTIZERS[group["quantizer"]]
-        if "latent" not in state:
-            # Frozen until now. Only a step that counts quantizes the parameter itself.
-            state.update(_started(p, group))
-        if not quantizer.variables.keys() <= state.keys():
-            raise ValueError(_CHANGED.format(repr(group["quantizer"])))
-        self._warn_if_overwritten(p, group)
-        return state
 
     def _add_variables(
         self, batches: dict[Any, Variables], p: Tensor, state: State, group: dict[str, Any]
     ) -> None:
         """Adds what is trained for ``p`` to the batches of its like."""
         for key, value, pulled, own_bounds in _variables(p, state, group):
-            bounds = own_bounds or _box(group)
+            bounds = own_bounds or box(group)
             keeps = _keeps(group, state, key)
             groups = groups_of(value)
             kind = (value.device, value.dtype, bounds, own_bounds is None, keeps, groups)
@@ -374,7 +324,11 @@ class FrankWolfe(Optimizer):
             batches[kind].add(local(value), Pulled(gradient, metric), (p, key))
 
     def _search(
-        self, ell: Tensor, batches: Sequence[Batch], terms: list[tuple[Tensor, ...]]
+        self,
+        ell: Tensor,
+        batches: Sequence[Batch],
+        terms: list[tuple[Tensor, ...]],
+        among: Groups,
     ) -> Tensor:
         r"""The one :math:`\gamma` of this step."""
         eps = self.param_groups[0]["eps"]
@@ -385,7 +339,7 @@ class FrankWolfe(Optimizer):
         # From inside the box the exact root is never below the closed form's, and the slope at 0
         # is the same: if that is an end point, so is the other.
         # (A process that sees its own part only cannot tell.)
-        inside = readable(ell) and all(not batch.groups and batch.inside() for batch in boxed)
+        inside = readable(ell) and not among and all(batch.inside() for batch in boxed)
         if inside and unboxed in (0, 1):
             return unboxed
         straight = [t for batch, t in zip(batches, terms, strict=True) if not batch.searched]
@@ -394,7 +348,8 @@ class FrankWolfe(Optimizer):
         def slope(gamma: Tensor) -> tuple[Tensor, Tensor]:
             total, bend = ell - decay - (curvature + eps) * gamma, -(curvature + eps)
             pairs = [batch.slope(gamma.to(batch.values[0].device)) for batch in boxed]
-            for s, b in over_shards(boxed, [(s.to(ell), b.to(ell)) for s, b in pairs]):
+            groups = [batch.groups for batch in boxed]
+            for s, b in over_shards(groups, [(s.to(ell), b.to(ell)) for s, b in pairs], among):
                 total, bend = total + s, bend + b
             return total, bend
 
@@ -419,8 +374,9 @@ class FrankWolfe(Optimizer):
             # Where Python cannot know whether all is finite, the device decides.
             batch.move(gamma.to(device), None if readable(finite) else finite.to(device))
 
-    def _quantize(self, group: dict[str, Any], written: set[Tensor]) -> None:
+    def _quantize(self, group: dict[str, Any], written: set[Tensor], finite: Tensor) -> None:
         """Quantizes what was moved, except what its kernel has already ``written``."""
+        counts = None if readable(finite) else finite
         if group.get("quantizer") is not None:
             for p in group["params"]:
                 if p in written:
@@ -429,103 +385,12 @@ class FrankWolfe(Optimizer):
                     state = self.state[p]
                     for key, value in QUANTIZERS[group["quantizer"]].derive(state, group).items():
                         state[key].copy_(settled(value))
-                    self._publish(p, group)
-
-    # State --------------------------------------------------------------------------------------
-
-    def _start(self, group: dict[str, Any]) -> None:
-        """Brings the parameters of a new group into its constraint set."""
-        for p in group["params"]:
-            # A frozen parameter is left alone, until it is unfrozen and has a gradient.
-            if p.requires_grad:
-                self._start_parameter(p, group)
-
-    @torch.no_grad()
-    def _start_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
-        variables = [""]
-        if group.get("quantizer") is not None:
-            variables = list(QUANTIZERS[group["quantizer"]].variables)
-            if "latent" not in self.state[p]:
-                self.state[p].update(_started(p, group))
-                self._publish(p, group)
-        elif group.get("radius") is not None:
-            p.clamp_(*_box(group))
-        # At once: distributed checkpoints load what is there, and miss parameters without a state.
-        state = self.state[p]
-        if group["momentum"] != 0:
-            for variable in variables:
-                state.setdefault(momentum_key(variable), torch.zeros_like(state.get(variable, p)))
+                    self._publish(p, group, counts)
 
     def _device(self) -> torch.device:
         """Where the loss is wanted."""
         params = (p for group in self.param_groups for p in group["params"])
         return next((p.device for p in params), torch.get_default_device())
-
-    def _publish(self, p: Tensor, group: dict[str, Any]) -> None:
-        p.copy_(QUANTIZERS[group["quantizer"]].quantize(self.state[p], group))
-        self._note_written(p)
-
-    def _note_written(self, p: Tensor) -> None:
-        if not torch.compiler.is_compiling():
-            self._written[p] = p._version
-
-    def _warn_if_overwritten(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Values that others put into a quantized parameter are about to be lost: say so."""
-        if torch.compiler.is_compiling():
-            return
-        version = self._written.get(p)
-        if version is None or version == p._version:
-            return
-        self._written[p] = p._version
-        if not torch.equal(p, QUANTIZERS[group["quantizer"]].quantize(self.state[p], group).to(p)):
-            warnings.warn(
-                f"a quantized parameter of shape {tuple(p.shape)} was changed from outside since "
-                "the last step. The change is lost: the optimizer's latents know nothing of it. "
-                "Load weights before making the optimizer",
-                stacklevel=2,
-            )
-
-    def _state_of(self, p: Tensor) -> State:
-        """The state of ``p``, moved along if the model has been moved to another device."""
-        state: State = self.state[p]
-        # All of it is on one device.
-        main = state.get("latent", state.get("momentum_buffer"))
-        if main is not None and main.device != p.device:
-            for key, value in state.items():
-                state[key] = value.to(p.device)
-        return state
-
-    def _momentum_buffers(self, batch: Variables) -> list[Tensor]:
-        if batch.momentum is None:
-            return []
-        buffers = []
-        for p, variable in batch.owners:
-            state, key = self._state_of(p), momentum_key(variable)
-            if key not in state:
-                state[key] = torch.zeros_like(state.get(variable, p))
-            buffers.append(local(state[key]))
-        return buffers
-
-    @torch.no_grad()
-    def _restore(self, loaded: dict[str, Any]) -> None:
-        """Undoes what torch does to a loaded state: casts to the parameter's dtype, and sharing."""
-        for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
-            quantized = group.get("quantizer") is not None
-            for index, p in zip(saved["params"], group["params"], strict=True):
-                dtype = wide(p.dtype) if quantized else p.dtype
-                for key, value in loaded["state"].get(index, {}).items():
-                    value = value.detach().to(p.device, dtype, copy=True)
-                    if is_sharded(p) and not is_sharded(value):
-                        value = replicated(value, p.device_mesh)
-                    self.state[p][key] = value
-                if "latent" in self.state.get(p, ()):
-                    self._publish(p, group)
-
-
-def _started(p: Tensor, group: dict[str, Any]) -> State:
-    """The state with which a quantized parameter begins."""
-    state = QUANTIZERS[group["quantizer"]].start(p, group)
-    return {key: settled(value) for key, value in state.items()}
 
 
 def _variables(
@@ -540,7 +405,7 @@ def _variables(
     try:
         pulled = quantizer.pull_back(p.grad, state, group)
     except KeyError as error:
-        raise ValueError(_CHANGED.format(repr(group["quantizer"]))) from error
+        raise ValueError(CHANGED.format(repr(group["quantizer"]))) from error
     for key, bounds in quantizer.variables.items():
         yield key, state[key], pulled[key], bounds
 
@@ -572,8 +437,3 @@ def _totals(terms: list[tuple[Tensor, ...]], like: Tensor) -> tuple[Tensor, Tens
 
 def _scalar_lr(lr: float | Tensor) -> float | Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
-
-
-def _box(group: dict[str, Any]) -> Bounds:
-    radius = group.get("radius")
-    return UNBOUNDED if radius is None else (-radius, radius)

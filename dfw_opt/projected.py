@@ -53,7 +53,8 @@ class ProjectedDFW(FrankWolfe):
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
     Raises:
-        TypeError: a parameter is complex.
+        TypeError: a parameter is complex, or flattened by FSDP1; or ``process_group`` is neither a
+            process group of this rank, nor ``"world"``, nor ``None``.
         ValueError: a setting is out of range or names nothing; a parameter to be quantized has
             fewer than two dimensions, or holds NaN.
 

@@ -6,42 +6,46 @@ operation on a DTensor is one on the whole tensor, and communicates by itself. T
 tensors (the sums for :math:`\gamma`, and each evaluation of the search) are made of the local parts
 and then added up over the processes by :func:`over_shards`: a few numbers in one message, whatever
 the size of the model. Everything else is done by each process on its own part.
+
+A process that branched differently from the others, be it for the last digit of a sum, would leave
+them waiting. So Python decides only by numbers that are the same on all processes, to the bit.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = [
     "Groups",
+    "all_finite",
+    "all_groups",
     "groups_of",
     "is_sharded",
     "largest",
     "local",
     "over_shards",
+    "placed_alike",
     "placed_like",
     "replicated",
     "settled",
     "whole",
 ]
 
-Groups = tuple[Any, ...]
+Groups = tuple["ProcessGroup", ...]
 """The process groups over which the parts of a tensor have to be added up, one after the other."""
 
-
-class Sharded(Protocol):
-    """What knows over which processes it is spread."""
-
-    @property
-    def groups(self) -> Groups: ...
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def is_sharded(x: Tensor) -> bool:
     """Whether ``x`` is a DTensor. (Its class need not have been imported for this.)"""
-    return hasattr(x, "device_mesh")
+    return type(x) not in _PLAIN and hasattr(x, "device_mesh")
 
 
 def local(x: Tensor) -> Tensor:
@@ -59,6 +63,11 @@ def groups_of(x: Tensor) -> Groups:
         for dim, placement in enumerate(placements)
         if not placement.is_replicate() and mesh.size(dim) > 1
     )
+
+
+def all_groups(each: Iterable[Groups]) -> Groups:
+    """Every group in one of ``each``, once, in the same order on all processes."""
+    return tuple(dict.fromkeys(group for groups in each for group in groups))
 
 
 def settled(x: Tensor) -> Tensor:
@@ -88,6 +97,14 @@ def placed_like(x: Tensor, other: Tensor) -> Tensor:
     return _redistributed(x, cast(Any, other).placements) if is_sharded(other) else x
 
 
+def placed_alike(x: Tensor, other: Tensor) -> bool:
+    """Whether processes hold the same parts of ``x`` as of ``other``; both are sharded, or none."""
+    if not is_sharded(x):
+        return True
+    a, b = cast(Any, x), cast(Any, other)
+    return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)
+
+
 def largest(x: Tensor) -> Tensor:
     """The largest magnitude in ``x``, 0-dim; 0 if ``x`` is empty."""
     part = local(x)
@@ -100,27 +117,41 @@ def largest(x: Tensor) -> Tensor:
     return replicated(result, cast(Any, x).device_mesh)
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether no part of ``x`` holds NaN or infinity; the same on all processes."""
+    finite = local(x).isfinite().all()
+    if groups := groups_of(x):
+        flag = finite.to(torch.float32)
+        for group in groups:
+            dist.all_reduce(flag, dist.ReduceOp.MIN, group)
+        finite = flag > 0
+    return bool(finite)
+
+
 def over_shards(
-    of: Sequence[Sharded], terms: Sequence[tuple[Tensor, ...]]
+    each: Sequence[Groups], terms: Sequence[tuple[Tensor, ...]], among: Groups
 ) -> list[tuple[Tensor, ...]]:
-    """Adds up over processes what each computed of its own parts.
+    """Makes the same numbers on all processes of what each has computed by itself.
+
+    The terms of a sharded tensor are added up over its groups. Where all members of a group have
+    the whole tensor, the mean is taken: their kernels may differ in the last digit.
 
     Args:
-        of: where the terms are from.
+        each: for each term the groups of the tensor that it is of.
         terms: for each of these a tuple of 0-dim tensors, all of one dtype and device.
+        among: all the groups, of :func:`all_groups`.
 
     Returns:
-        Tuples like ``terms``, the same on all processes.
+        Tuples like ``terms``.
     """
     totals = list(terms)
-    for groups in dict.fromkeys(x.groups for x in of if x.groups):
-        those = [i for i, x in enumerate(of) if x.groups == groups]
-        message = torch.stack([term for i in those for term in terms[i]])
-        for group in groups:
-            dist.all_reduce(message, group=group)
+    for group in among:
+        copies = [1 if group in groups else group.size() for groups in each]
+        parts = [t / n for those, n in zip(totals, copies, strict=True) for t in those]
+        message = torch.stack(parts)
+        dist.all_reduce(message, group=group)
         summed = iter(message.unbind())
-        for i in those:
-            totals[i] = tuple(next(summed) for _ in terms[i])
+        totals = [tuple(next(summed) for _ in those) for those in totals]
     return totals
 
 

@@ -17,6 +17,7 @@ same with torch's ``_foreach`` kernels.
 Source: Berrada et al., ICLR 2019 (arXiv 1811.07591), Algorithm 1 and appendix on Nesterov momentum.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -173,21 +174,42 @@ def multi_move(group: Variables, gamma: Tensor, finite: Tensor | None) -> None:
         decay, ahead = counts * decay, counts * ahead
         kept = ahead.where(finite, 1)
         steps = torch._foreach_mul(group.gradients, group.lr * gamma)
-        for step in steps:
-            step.masked_fill_(~finite, 0)  # 0 times infinity is not 0
+        _clear_unless(finite, steps)
     if group.momentum is not None:
         torch._foreach_mul_(buffers, kept)
         torch._foreach_sub_(buffers, steps)
         if group.weight_decay:
-            torch._foreach_sub_(buffers, torch._foreach_mul(values, gamma * decay))
+            decays = torch._foreach_mul(values, gamma * decay)
+            _clear_unless(finite, decays)
+            torch._foreach_sub_(buffers, decays)
     if group.weight_decay:
         torch._foreach_mul_(values, 1 - decay)
     torch._foreach_sub_(values, steps)
     if group.momentum is not None:
         _add_scaled(values, buffers, ahead)
     if group.bounds != UNBOUNDED:
-        torch._foreach_clamp_min_(values, group.bounds[0])
-        torch._foreach_clamp_max_(values, group.bounds[1])
+        _clamp(values, group.bounds, finite)
+
+
+def _clear_unless(finite: Tensor | None, tensors: Iterable[Tensor]) -> None:
+    """Sets to 0 what was multiplied by 0, which infinity survives."""
+    if finite is not None:
+        not_finite = ~finite
+        for tensor in tensors:
+            tensor.masked_fill_(not_finite, 0)
+
+
+def _clamp(values: list[Tensor], bounds: Bounds, finite: Tensor | None) -> None:
+    if finite is None:
+        torch._foreach_clamp_min_(values, bounds[0])
+        torch._foreach_clamp_max_(values, bounds[1])
+        return
+    like = values[0].new_zeros(())
+    lower, upper = (
+        (like + bound).where(finite, none) for bound, none in zip(bounds, UNBOUNDED, strict=True)
+    )
+    for value in values:
+        value.clamp_(lower, upper)
 
 
 def _add_scaled(values: list[Tensor], others: list[Tensor], factor: float | Tensor) -> None:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dfw_opt.quantizers import QUANTIZERS
+from dfw_opt.sharding import all_finite
 
 __all__ = ["SETTINGS", "check_hyperparameters", "check_parameters"]
 
@@ -88,7 +88,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
                 f"quantizer={quantizer!r}, which needs at least 2 dimensions; leave biases and "
                 "norms in a float group, as dfw_opt.param_groups(model) does"
             )
-        if p.device.type != "meta" and not torch.isfinite(p).all():
+        if p.device.type != "meta" and not all_finite(p):
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} in a group with quantizer={quantizer!r} "
                 "holds NaN or infinity; initialise the model before making the optimizer"

@@ -22,6 +22,7 @@ from torch.utils import backend_registration
 from watch import Watch
 
 import dfw_opt.optimizer
+import dfw_opt.state
 import dfw_opt.step_size
 
 register: Any = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
@@ -136,7 +137,7 @@ def test_state_follows_a_moved_model(kind: Kind) -> None:
 @pytest.fixture
 def _loading_may_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """And so may a step on the CPU, which has no values here either."""
-    monkeypatch.setattr(dfw_opt.optimizer, "check_checkpoint", lambda *arguments: None)
+    monkeypatch.setattr(dfw_opt.state, "check_checkpoint", lambda *arguments: None)
     for module in (dfw_opt.optimizer, dfw_opt.step_size):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
 

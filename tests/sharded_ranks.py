@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -337,6 +338,20 @@ def averaged_by_the_caller(kind: Kind, world: World) -> dict[str, Any]:
     return training.outcome()
 
 
+def last_digits(kind: Kind, world: World) -> dict[str, Any]:
+    """Kernels that differ from rank to rank in the last digits, in the weights that all have."""
+    training = Training(kind, world, "tensor")
+    for step in range(STEPS):
+        loss = training.backward(step)
+        for p in training.model.parameters():
+            assert p.grad is not None
+            if not isinstance(p, DTensor):
+                p.grad.mul_(1 + 1e-12 * world.rank)
+        training.optimizer.step(loss=loss)
+        training.gammas.append(float(training.optimizer.gamma))
+    return {"gammas": training.gammas}
+
+
 def several_kinds(function: Callable[[Kind, World], Any]) -> Callable[[World], dict[str, Any]]:
     def check(world: World) -> dict[str, Any]:
         # Plain DFW has no box.
@@ -641,6 +656,42 @@ def plain_state_dict(world: World) -> dict[str, Any]:
     return result
 
 
+def another_layout(kind: Kind, world: World) -> dict[str, Any]:
+    """A checkpoint of columns for an optimizer of rows."""
+    other = Training(kind, world, "columns").run(1).optimizer.state_dict()
+    training = Training(kind, world, "rows")
+    return refused(training, lambda: training.optimizer.load_state_dict(other))
+
+
+def nan_in_a_checkpoint(kind: Kind, world: World) -> dict[str, Any]:
+    """In the last rank's shard alone."""
+    training = Training(kind, world).run(1)
+    state = copy.deepcopy(training.optimizer.state_dict())
+    if world.rank == world.ranks - 1:
+        momentum = next(s["momentum_buffer"] for s in state["state"].values())
+        momentum.to_local().fill_(math.nan)
+    return refused(training, lambda: training.optimizer.load_state_dict(state))
+
+
+def nan_in_a_model(kind: Kind, world: World) -> dict[str, Any]:
+    """In the last rank's shard alone, before the optimizer is made."""
+    training = Training(kind, world)
+    model = LAYOUTS["rows"].make(world, torch.float64, 0)
+    if world.rank == world.ranks - 1:
+        with torch.no_grad():
+            local(model.get_parameter("conv.weight")).fill_(math.nan)
+    return refused(training, lambda: kind.make(model.parameters()))
+
+
+def refused(training: Training, function: Callable[[], object]) -> dict[str, Any]:
+    before = digest(training.optimizer)
+    try:
+        function()
+    except ValueError as error:
+        return {"error": str(error), "unchanged": digest(training.optimizer) == before}
+    return {"error": "", "unchanged": False}
+
+
 # --------------------------------------------------------------------------------------------------
 # As people make their models
 # --------------------------------------------------------------------------------------------------
@@ -742,6 +793,7 @@ ON_TWO: list[Callable[[World], Any]] = [
     tensor,
     sequence,
     *map(several_kinds, (clipped, frozen, averaged_by_the_caller, own_state_dict)),
+    *map(several_kinds, (last_digits, another_layout, nan_in_a_checkpoint, nan_in_a_model)),
     plain_state_dict,
     usual_way,
     initialised_by_a_bare_step,

@@ -170,6 +170,30 @@ class TestBlindPath:
             train(twin, twins, 2, seed=1)
             assert all(same_bits(p, q) for p, q in zip(params, twins, strict=True))
 
+    @ALL_KINDS
+    @BOTH_PATHS
+    def test_skipped_step_touches_nothing(self, kind: Kind, foreach: bool) -> None:
+        """Not even what a step that counts would bring back: into the box, onto the levels."""
+        params = make_params()
+        unfrozen, infinite = params[0].requires_grad_(False), params[-1]
+        optimizer = kind.make(params, foreach=foreach, weight_decay=1e-2)
+        train(optimizer, params[1:], 2)
+        for group in optimizer.param_groups:
+            if group.get("radius") is not None:
+                group["radius"] = 1e-3
+        with torch.no_grad():
+            infinite.view(-1)[0] = math.inf
+        unfrozen.requires_grad_(True)
+        draw_gradients(params, 3)
+        before = [p.detach().clone() for p in params]
+        states = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+        optimizer.step(loss=math.nan)
+        for p, value in zip(params, before, strict=True):
+            assert same_bits(p.detach(), value)
+        for p, state in states.items():
+            for key, value in state.items():
+                assert same_bits(optimizer.state[p][key], value), key
+
     @THREE
     def test_huge_gradients(self, kind: Kind) -> None:
         """Squares that overflow on the way must not leave NaN behind."""

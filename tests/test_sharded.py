@@ -191,6 +191,14 @@ def test_smaller_box(results: Results, kind: Kind) -> None:
 
 
 @EACH
+def test_kernels_that_differ(pair: Results, kind: Kind) -> None:
+    """In the last digits: γ is the same to the bit, so no rank leaves a search before another."""
+    first, second = (rank[str(kind)]["gammas"] for rank in pair["last_digits"])
+    assert any(0 < gamma < 1 for gamma in first)
+    assert fingerprint(first) == fingerprint(second)
+
+
+@EACH
 def test_bad_numbers_on_one_rank(results: Results, kind: Kind) -> None:
     """NaN input or loss, one bad element of one shard: all ranks skip, and then go on."""
     for rank in (rank[str(kind)] for rank in results["bad_numbers"]):
@@ -307,6 +315,20 @@ class TestCheckpoints:
                 assert run["unchanged"]
                 assert "torch.distributed.checkpoint" in run["error"]
 
+    @EACH
+    def test_another_layout(self, pair: Results, kind: Kind) -> None:
+        for rank in (rank[str(kind)] for rank in pair["another_layout"]):
+            assert "sharded otherwise than the parameter" in rank["error"]
+            assert "torch.distributed.checkpoint" in rank["error"]
+            assert rank["unchanged"]
+
+    @EACH
+    def test_nan_in_one_shard(self, pair: Results, kind: Kind) -> None:
+        """All ranks refuse; one that did so alone would leave the others waiting."""
+        for rank in (rank[str(kind)] for rank in pair["nan_in_a_checkpoint"]):
+            assert "momentum_buffer with NaN" in rank["error"]
+            assert rank["unchanged"]
+
     def check(self, runs: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
         for run in runs:
             steps = len(run["gammas"])
@@ -319,6 +341,12 @@ class TestCheckpoints:
         for rank in pair["initialised_by_a_bare_step"]:
             assert rank[f"{kind} 0.0"]
             assert rank[f"{kind} 0.9"]
+
+
+@pytest.mark.parametrize("kind", MAIN_KINDS[1:], ids=str)
+def test_nan_in_one_shard_of_a_model(pair: Results, kind: Kind) -> None:
+    for rank in (rank[str(kind)] for rank in pair["nan_in_a_model"]):
+        assert "holds NaN or infinity" in rank["error"]
 
 
 @pytest.mark.parametrize("kind", MAIN_KINDS[1:], ids=str)

@@ -1,0 +1,188 @@
+r"""What an optimizer keeps for its parameters, and how that and the parameters stay in step.
+
+The life of a state: it begins when the optimizer is made (for a frozen parameter, with its first
+gradient), follows the model to another device, goes into a checkpoint and comes back from one in
+the dtype that it had. Whenever a latent changes, :meth:`LatentOptimizer._publish` sets the
+parameter to the quantized value. Nothing else writes to a quantized parameter; if somebody did, the
+next step says so.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from dfw_opt.checkpoint import check_checkpoint, momentum_key
+from dfw_opt.quantizers import QUANTIZERS, Group, State
+from dfw_opt.sharding import is_sharded, local, placed_like, replicated, settled
+from dfw_opt.update import UNBOUNDED, Bounds, Variables, wide
+
+__all__ = ["CHANGED", "LatentOptimizer", "box"]
+
+CHANGED = (
+    "quantizer={}: the quantizer of a group cannot change once it has been chosen; make a new "
+    "optimizer"
+)
+
+
+class LatentOptimizer(Optimizer):
+    """An optimizer whose state holds latents, and whose parameters hold them quantized."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        # At which version of its tensor a quantized parameter was last written.
+        self._written: dict[Tensor, int] = {}
+        super().__init__(params, defaults)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint, see :meth:`torch.optim.Optimizer.load_state_dict`.
+
+        Latents and scales keep their dtype, whatever that of the parameters, and the parameters are
+        set to the quantized latents. Tensors are copied, not shared with ``state_dict``.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer or of parameters of other shapes;
+                nothing is changed.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, incoming: dict[str, Any]) -> None:
+            check_checkpoint(incoming, self.param_groups, self.defaults)
+            loaded.update(incoming)
+
+        def restore(_: Optimizer) -> None:
+            self._restore(loaded)
+
+        # As hooks, the check sees what the user's own hooks made of the checkpoint, and their later
+        # hooks see the restored state.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_written", {})
+
+    def _start(self, group: dict[str, Any]) -> None:
+        """Brings the parameters of a new group into its constraint set."""
+        for p in group["params"]:
+            # A frozen parameter is left alone, until it is unfrozen and has a gradient.
+            if p.requires_grad:
+                self._start_parameter(p, group)
+
+    @torch.no_grad()
+    def _start_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
+        variables = [""]
+        if group.get("quantizer") is not None:
+            variables = list(QUANTIZERS[group["quantizer"]].variables)
+            if "latent" not in self.state[p]:
+                self.state[p].update(_started(p, group))
+                self._publish(p, group)
+        elif group.get("radius") is not None:
+            p.clamp_(*box(group))
+        # At once: distributed checkpoints load what is there, and miss parameters without a state.
+        state = self.state[p]
+        if group["momentum"] != 0:
+            for variable in variables:
+                state.setdefault(momentum_key(variable), torch.zeros_like(state.get(variable, p)))
+
+    def _state_of(self, p: Tensor) -> State:
+        """The state of ``p``, moved along if the model has been moved to another device."""
+        state: State = self.state[p]
+        # All of it is on one device.
+        main = state.get("latent", state.get("momentum_buffer"))
+        if main is not None and main.device != p.device:
+            for key, value in state.items():
+                state[key] = value.to(p.device)
+        return state
+
+    def _current_state(self, p: Tensor, group: dict[str, Any]) -> State:
+        """The state of ``p``, whose quantizer has been started; empty if it has none yet."""
+        state = self._state_of(p)
+        if group.get("quantizer") is None:
+            if "latent" in state:
+                raise ValueError(CHANGED.format(None))
+            return state
+        quantizer = QUANTIZERS[group["quantizer"]]
+        if "latent" not in state:
+            # Frozen until now. Only a step that counts quantizes the parameter itself.
+            state.update(_started(p, group))
+        if not quantizer.variables.keys() <= state.keys():
+            raise ValueError(CHANGED.format(repr(group["quantizer"])))
+        self._warn_if_overwritten(p, group)
+        return state
+
+    def _momentum_buffers(self, batch: Variables) -> list[Tensor]:
+        if batch.momentum is None:
+            return []
+        buffers = []
+        for p, variable in batch.owners:
+            state, key = self._state_of(p), momentum_key(variable)
+            if key not in state:
+                state[key] = torch.zeros_like(state.get(variable, p))
+            buffers.append(local(state[key]))
+        return buffers
+
+    def _publish(self, p: Tensor, group: dict[str, Any], counts: Tensor | None = None) -> None:
+        """Sets ``p`` to its quantized latent; unless ``counts``, on its device, says not to."""
+        weight = QUANTIZERS[group["quantizer"]].quantize(self.state[p], group)
+        if counts is None:
+            p.copy_(weight)
+        else:
+            mine, weight = local(p), local(placed_like(weight, p))
+            mine.copy_(torch.where(counts.to(mine.device), weight.to(mine.dtype), mine))
+        self._note_written(p)
+
+    def _note_written(self, p: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self._written[p] = p._version
+
+    def _warn_if_overwritten(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Values that others put into a quantized parameter are about to be lost: say so."""
+        if torch.compiler.is_compiling():
+            return
+        version = self._written.get(p)
+        if version is None or version == p._version:
+            return
+        self._written[p] = p._version
+        if not torch.equal(p, QUANTIZERS[group["quantizer"]].quantize(self.state[p], group).to(p)):
+            warnings.warn(
+                f"a quantized parameter of shape {tuple(p.shape)} was changed from outside since "
+                "the last step. The change is lost: the optimizer's latents know nothing of it. "
+                "Load weights before making the optimizer",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        """Undoes what torch does to a loaded state: casts to the parameter's dtype, and sharing."""
+        for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+            quantized = group.get("quantizer") is not None
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                dtype = wide(p.dtype) if quantized else p.dtype
+                for key, value in loaded["state"].get(index, {}).items():
+                    value = value.detach().to(p.device, dtype, copy=True)
+                    if is_sharded(p) and not is_sharded(value):
+                        value = replicated(value, p.device_mesh)
+                    self.state[p][key] = value
+                if "latent" in self.state.get(p, ()):
+                    self._publish(p, group)
+
+
+def _started(p: Tensor, group: dict[str, Any]) -> State:
+    """The state with which a quantized parameter begins."""
+    state = QUANTIZERS[group["quantizer"]].start(p, group)
+    return {key: settled(value) for key, value in state.items()}
+
+
+def box(group: Group) -> Bounds:
+    """The bounds that ``radius`` sets."""
+    radius = group.get("radius")
+    return UNBOUNDED if radius is None else (-radius, radius)
