@@ -7,19 +7,23 @@ that has to be sent. It travels while gradients are pulled back and summed.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Union
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
+if dist.is_available():
     from torch.distributed import ProcessGroup
+else:
 
-__all__ = ["Ranks", "check_process_group", "mean_loss"]
+    class ProcessGroup:  # type: ignore[no-redef]
+        """What a torch that was built without torch.distributed has no instance of."""
 
-# As a string, since ProcessGroup is missing from a torch that was built without torch.distributed.
-Ranks = Union["ProcessGroup", Literal["world"], None]
+
+__all__ = ["ProcessGroup", "Ranks", "check_process_group", "mean_loss"]
+
+Ranks = ProcessGroup | Literal["world"] | None
 """Over which ranks a loss is averaged: all, those of a group, or no others."""
 
 
@@ -32,7 +36,7 @@ def check_process_group(process_group: object) -> None:
     """
     if process_group is None or process_group == "world":
         return
-    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+    if not isinstance(process_group, ProcessGroup):
         raise TypeError(
             f"process_group={process_group!r} must be 'world' (all ranks, if torch.distributed is "
             "initialised), a ProcessGroup that this rank is a member of, or None (this rank alone)"

@@ -43,6 +43,8 @@ Batch = Variables | FusedVariables
 class FrankWolfe(LatentOptimizer):
     r"""Base of :class:`~dfw_opt.DFW`, :class:`~dfw_opt.ProjectedDFW`, :class:`~dfw_opt.TernaryDFW`.
 
+    It is a :class:`torch.optim.Optimizer`.
+
     Attributes:
         gamma: the last step's :math:`\gamma`, a 0-dim tensor on the device of the parameters; NaN
             if that step was skipped, or there was none. Reading its value waits for the device.

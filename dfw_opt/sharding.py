@@ -12,14 +12,13 @@ them waiting. So Python decides only by numbers that are the same on all process
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from dfw_opt.data_parallel import ProcessGroup
 
 __all__ = [
     "Groups",
@@ -37,7 +36,7 @@ __all__ = [
     "whole",
 ]
 
-Groups = tuple["ProcessGroup", ...]
+Groups = tuple[ProcessGroup, ...]
 """The process groups over which the parts of a tensor have to be added up, one after the other."""
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
