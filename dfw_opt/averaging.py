@@ -6,8 +6,8 @@ parameters with them, and the average is quantized: :math:`Q(\bar u)`, not the m
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,11 @@ class AveragedModel(swa_utils.AveragedModel):
         TypeError: ``optimizer`` is none of this package.
         ValueError: it trains no parameter of ``model``; in ``update_parameters``, also if that is
             not like the model that the average was made of.
+        RuntimeError: in ``update_parameters``, the optimizer is no more, or this is a copy.
 
-    The state dict holds the averaged latents, below ``averages``.
+    The state dict holds the averaged latents, below ``averages``. They are :math:`u` in the
+    optimizer's unit :math:`c`; what is averaged are the :math:`c\,u`, also if a checkpoint with
+    another unit is loaded into the optimizer.
 
     >>> from dfw_opt import AveragedModel, ProjectedDFW, param_groups
     >>> from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -78,19 +81,20 @@ class AveragedModel(swa_utils.AveragedModel):
         self._optimizer: Callable[[], FrankWolfe | None] = weakref.ref(optimizer)
         self.averages = nn.Module()
         self._check(model)
-        for _ in self._pairs(model):
-            pass
+        self._register_states(model)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Takes the present state of ``model`` and its optimizer into the average."""
         self._check(model)
+        self._register_states(model)
+        self._adopt_units(model)
         pairs = list(self._pairs(model))
         buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
         if self.use_buffers:
             pairs += buffers
         if self.n_averaged == 0:
-            for averaged, current in [*pairs, *self._units(model)]:
+            for averaged, current in pairs:
                 averaged.copy_(current)
         else:
             self._average(pairs)
@@ -107,19 +111,35 @@ class AveragedModel(swa_utils.AveragedModel):
             raise ValueError(
                 f"model: the optimizer trains none of the parameters of this {type(model).__name__}"
             )
-        ours = [*self.module.named_parameters(), *self.module.named_buffers()]
-        theirs = [*model.parameters(), *model.buffers()]
-        if len(ours) != len(theirs):
+        self._check_like("parameters", self.module.named_parameters(), model.parameters())
+        self._check_like("buffers", self.module.named_buffers(), model.buffers())
+
+    def _check_like(
+        self, what: str, ours: Iterable[tuple[str, Tensor]], theirs: Iterable[Tensor]
+    ) -> None:
+        mine, others = list(ours), list(theirs)
+        if len(mine) != len(others):
             raise ValueError(
-                f"model has {len(theirs)} parameters and buffers, but the average {len(ours)}; "
-                "pass the model that the average was made of"
+                f"model: the number of its {what} is {len(others)}, but {len(mine)} in the "
+                "average; pass the model that the average was made of"
             )
-        for (name, mine), other in zip(ours, theirs, strict=True):
-            if mine.shape != other.shape:
+        for (name, own), other in zip(mine, others, strict=True):
+            if own.shape != other.shape:
                 raise ValueError(
-                    f"model: {name} has shape {tuple(other.shape)}, but {tuple(mine.shape)} in the "
+                    f"model: {name} has shape {tuple(other.shape)}, but {tuple(own.shape)} in the "
                     "average; pass the model that the average was made of"
                 )
+
+    def _register_states(self, model: nn.Module) -> None:
+        """Makes a buffer of each state that has none yet, with its present value."""
+        for name, mine, p, group in self._parameters_of(model):
+            if group is None:
+                continue
+            for key, value in self._living().state[p].items():
+                buffer = _buffer_name(name, key)
+                if not key.endswith(momentum_key("")) and buffer not in self.averages._buffers:
+                    copied = value.detach().to(mine.device, copy=True)
+                    self.averages.register_buffer(buffer, copied)
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """What is averaged and its present value, for everything that is trained."""
@@ -127,18 +147,26 @@ class AveragedModel(swa_utils.AveragedModel):
             if group is None:
                 yield mine.detach(), p.detach()
                 continue
-            state = self._state(name, self._living().state[p], mine.device)
+            state, current = self._state(name, p), self._living().state[p]
             for key in QUANTIZERS[group["quantizer"]].variables:
-                yield state[key], self._living().state[p][key]
+                yield state[key], current[key]
 
-    def _units(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is not trained of the quantizers' states, like the pairs above."""
-        for name, mine, p, group in self._parameters_of(model):
-            if group is not None:
-                current = self._living().state[p]
-                for key, averaged in self._state(name, current, mine.device).items():
-                    if key not in QUANTIZERS[group["quantizer"]].variables:
-                        yield averaged, current[key]
+    def _adopt_units(self, model: nn.Module) -> None:
+        r"""Takes what is not trained from the optimizer, which may have loaded a checkpoint.
+
+        The average is one of :math:`c\,u`: for another unit :math:`c` it is expressed in that.
+        """
+        for name, _, p, group in self._parameters_of(model):
+            if group is None:
+                continue
+            trained = QUANTIZERS[group["quantizer"]].variables
+            state, current = self._state(name, p), self._living().state[p]
+            if "unit" in state:
+                factor = _ratio(state["unit"], current["unit"])
+                for key in trained:
+                    state[key].mul_(factor)
+            for key in state.keys() - trained.keys():
+                state[key].copy_(current[key])
 
     def _average(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         if self.multi_avg_fn is None:
@@ -159,7 +187,7 @@ class AveragedModel(swa_utils.AveragedModel):
         for name, mine, p, group in self._parameters_of(model):
             if group is not None:
                 quantizer = QUANTIZERS[group["quantizer"]]
-                state = self._state(name, self._living().state[p], mine.device)
+                state = self._state(name, p)
                 for key, value in quantizer.derive(state, group).items():
                     state[key].copy_(value)
                 mine.copy_(quantizer.quantize(state, group))
@@ -180,15 +208,14 @@ class AveragedModel(swa_utils.AveragedModel):
         for (name, mine), p in parameters:
             yield name, mine, p, quantized.get(id(p))
 
-    def _state(self, name: str, current: State, device: torch.device) -> State:
-        """The averaged state of a parameter, in this module's buffers; at first the current one."""
-        own = {key: f"{name.replace('.', '/')}/{key}" for key in current}
-        for key, value in current.items():
-            if key.endswith(momentum_key("")):
-                del own[key]
-            elif own[key] not in self.averages._buffers:
-                self.averages.register_buffer(own[key], value.detach().to(device, copy=True))
-        return {key: self.averages.get_buffer(buffer) for key, buffer in own.items()}
+    def _state(self, name: str, p: Tensor) -> State:
+        """The averaged state of a parameter, in this module's buffers."""
+        buffers = {key: _buffer_name(name, key) for key in self._living().state[p]}
+        return {
+            key: self.averages.get_buffer(buffer)
+            for key, buffer in buffers.items()
+            if buffer in self.averages._buffers
+        }
 
     def _living(self) -> FrankWolfe:
         optimizer = self._optimizer()
@@ -200,5 +227,21 @@ class AveragedModel(swa_utils.AveragedModel):
         return self.__dict__ | {"_optimizer": _gone}
 
 
-def _gone() -> None:
+def _buffer_name(name: str, key: str) -> str:
+    """Where the average of a parameter's state is kept."""
+    return f"{name.replace('.', '/')}/{key}"
+
+
+def _ratio(old: Tensor, new: Tensor) -> Tensor:
+    """``old / new``, exactly 1 where they are equal, without waiting for the device."""
+    new = new.to(old)
+    return torch.where(old == new, torch.ones_like(old), old / new)
+
+
+def _gone() -> NoReturn:
     """What a copy or an unpickled average knows of its optimizer."""
+    raise RuntimeError(
+        "this average is a copy, or was unpickled, and knows no optimizer whose latents it could "
+        "take; make a new one, AveragedModel(model, optimizer), and give it this one's state with "
+        "load_state_dict"
+    )

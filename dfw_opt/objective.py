@@ -1,27 +1,14 @@
-r"""The value of the function whose gradient is in ``.grad``: passed, from a closure, or watched.
+"""Which loss a step is made for: the one that was passed, a closure's, or the watched one."""
 
-Loops that call ``step()`` with no argument own the loss. There it is watched on its way: a forward
-hook on the module that computes a loss :math:`\ell_k` puts a hook on its gradient, and when
-``backward()`` is called on some :math:`f`, that hook is given :math:`g_k = \partial f/\partial
-\ell_k`. Where :math:`f` is linear in the losses (their sum, mean, or any other weighting, over
-modules, micro-batches or samples), :math:`f = \sum_k \langle g_k, \ell_k\rangle`. Adding up over
-several calls of ``backward()``, as gradients add up in ``.grad``, gives the function that these are
-the gradient of. What is evaluated without ``backward()`` adds nothing.
-"""
-
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.optim.optimizer import Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from dfw_opt.sharding import is_sharded
+from dfw_opt.watch import LossWatch
 
-__all__ = ["LossWatch", "loss_of", "value_of_loss"]
+__all__ = ["value_of_loss"]
 
 _USAGE = (
     "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with a "
@@ -32,14 +19,21 @@ _USAGE = (
 
 def value_of_loss(
     name: str,
-    closure: Callable[[], Tensor | float] | None,
+    closure: Callable[[], Tensor | float | None] | None,
     loss: Tensor | float | None,
-    watch: "LossWatch",
+    watch: LossWatch,
 ) -> tuple[Tensor | float, Tensor | float | None]:
     """The loss of a step of the optimizer called ``name``.
 
     Returns:
-        The loss by which to step, and what the step is to return.
+        The loss by which to step, and what the step is to return: what was passed, or what the
+        closure returned. A closure may return ``None`` where the loss is watched.
+
+    Raises:
+        TypeError: both of ``closure`` and ``loss`` were given, or neither and none is watched; or
+            the closure cannot be called; or the loss is no real number.
+        ValueError: the loss is not a scalar.
+        RuntimeError: the loss is watched, but has taken part in no ``backward()``.
     """
     if closure is not None and loss is not None:
         raise TypeError(f"{name}.step takes a closure or a loss, not both: {_USAGE}")
@@ -50,7 +44,9 @@ def value_of_loss(
             raise TypeError(f"{name}.step: the closure, {closure!r}, cannot be called: {_USAGE}")
         with torch.enable_grad():
             loss = closure()
-        _check("the closure's result", loss)
+        # Frameworks that call backward() themselves pass closures that return nothing.
+        if loss is not None or not watch.active:
+            _check("the closure's result", loss)
     elif loss is not None:
         _check("the loss", loss)
         return loss, loss
@@ -71,138 +67,3 @@ def _check(source: str, loss: Any) -> None:
             f"{source} has shape {tuple(loss.shape)}; it must be a scalar: reduce it before "
             "backward(), for example with loss.mean()"
         )
-
-
-class LossWatch:
-    """Adds up the losses that are watched for an optimizer, from one step to the next."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._hooks: weakref.WeakSet[_ForwardHook] = weakref.WeakSet()
-        self._sum: Tensor | None = None
-        self._backward = -1
-
-    @property
-    def active(self) -> bool:
-        """Whether a module is watched."""
-        return any(hook.registered for hook in self._hooks)
-
-    @property
-    def has_seen(self) -> bool:
-        """Whether there is a sum."""
-        return self._sum is not None
-
-    def add(
-        self,
-        module: nn.Module,
-        get: Callable[[Any], Tensor | None],
-        scaler: GradScaler | None,
-    ) -> RemovableHandle:
-        """Watches ``module`` from now on."""
-        if any(hook.registered and hook.module() is module for hook in self._hooks):
-            raise ValueError(
-                f"this {type(module).__name__} is watched already, and would count twice; remove() "
-                "the handle of the first watch_loss before"
-            )
-        hook = _ForwardHook(self, module, get, scaler)
-        self._hooks.add(hook)
-        hook.handle = module.register_forward_hook(hook)
-        return hook.handle
-
-    def value(self, name: str) -> Tensor:
-        """The sum since it was last cleared."""
-        if self._sum is None:
-            raise RuntimeError(
-                f"{name}.step: no watched loss has been part of a backward() since the last step "
-                "or zero_grad(). Watch the module whose output the loop calls backward() on, or "
-                "pass the loss: optimizer.step(loss=loss)"
-            )
-        return self._sum
-
-    def clear(self) -> None:
-        """Begins a new sum."""
-        self._sum = None
-
-    def see(self, loss: Tensor, scaler: GradScaler | None, grad: Tensor) -> None:
-        r"""Adds :math:`\langle g, \ell\rangle`."""
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        g = grad.detach().to(dtype)
-        # What does not count may be infinite.
-        part = torch.where(g == 0, g, g * loss.to(dtype)).sum()
-        if scaler is not None:
-            part = part / scaler.scale(torch.ones_like(part))
-        backward = torch._C._current_graph_task_id()
-        if backward != self._backward and self._discarded():
-            self._sum = None
-        self._backward = backward
-        self._sum = part if self._sum is None else self._sum + part.to(self._sum)
-
-    def _discarded(self) -> bool:
-        """At the start of a backward(), whether the gradients of earlier ones are no more."""
-        optimizer = self._optimizer()
-        groups = [] if optimizer is None else optimizer.param_groups
-        params = (p for group in groups for p in group["params"])
-        # The gradient of a sharded parameter that is not synchronised waits elsewhere.
-        return not any(p.grad is not None or is_sharded(p) for p in params)
-
-
-class _ForwardHook:
-    """Keeps nothing alive: it may outlive the optimizer, and be copied with the module."""
-
-    handle: RemovableHandle
-
-    def __init__(
-        self,
-        watch: LossWatch,
-        module: nn.Module,
-        get: Callable[[Any], Tensor | None],
-        scaler: GradScaler | None,
-    ) -> None:
-        self.watch, self.module = weakref.ref(watch), weakref.ref(module)
-        self.get, self.scaler = get, scaler
-
-    @property
-    def registered(self) -> bool:
-        hooks = self.handle.hooks_dict_ref()
-        return hooks is not None and self.handle.id in hooks
-
-    def __call__(self, module: nn.Module, _: Any, output: Any) -> None:
-        watch = self.watch()
-        if watch is None or not torch.is_grad_enabled():
-            return
-        loss = self.get(output)
-        if loss is None:
-            return
-        if not (isinstance(loss, Tensor) and loss.is_floating_point()):
-            raise TypeError(
-                f"the output of {type(module).__name__} has {type(loss).__name__} where the loss "
-                "was to be watched; say where it is: optimizer.watch_loss(module, "
-                "get=lambda output: ...)"
-            )
-        if loss.requires_grad:
-            value = loss.detach().clone()  # the loop may divide it in place
-            scaler = self.scaler
-            loss.register_hook(  # type: ignore[no-untyped-call]
-                lambda grad: watch.see(value, scaler, grad)
-            )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Callable[..., None]":
-        return _nothing
-
-    def __reduce__(self) -> Any:
-        return _copied, ()
-
-
-def _nothing(*_: Any) -> None:
-    """What a watched module's copy has for a hook: its loss is not the optimizer's."""
-
-
-def _copied() -> Callable[..., None]:
-    return _nothing
-
-
-def loss_of(output: Any) -> Any:
-    """The loss in what a criterion or a model returns."""
-    if isinstance(output, Mapping) and "loss" in output:
-        return output["loss"]
-    return getattr(output, "loss", output)

@@ -18,7 +18,7 @@ from dfw_opt import native
 from dfw_opt.checkpoint import momentum_key
 from dfw_opt.data_parallel import Ranks, check_process_group, mean_loss
 from dfw_opt.fused import KINDS, LEAST_ELEMENTS, FusedVariables, fits
-from dfw_opt.objective import LossWatch, loss_of, value_of_loss
+from dfw_opt.objective import value_of_loss
 from dfw_opt.quantizers import QUANTIZERS, Pulled, State
 from dfw_opt.sharding import (
     Groups,
@@ -34,6 +34,7 @@ from dfw_opt.state import CHANGED, LatentOptimizer, box
 from dfw_opt.step_size import climb, closed_form, maximize, readable
 from dfw_opt.update import Bounds, Variables
 from dfw_opt.validate import check_hyperparameters, check_parameters
+from dfw_opt.watch import LossWatch, loss_of
 
 __all__ = ["FrankWolfe"]
 
@@ -112,11 +113,13 @@ class FrankWolfe(LatentOptimizer):
     @overload
     def step(self, closure: Callable[[], Tensor | float]) -> Tensor | float: ...
     @overload
+    def step(self, closure: Callable[[], Tensor | float | None]) -> Tensor | float | None: ...
+    @overload
     def step(self) -> None: ...
     @torch.no_grad()
     def step(
         self,
-        closure: Callable[[], Tensor | float] | None = None,
+        closure: Callable[[], Tensor | float | None] | None = None,
         *,
         loss: Tensor | float | None = None,
     ) -> Tensor | float | None:
@@ -127,7 +130,7 @@ class FrankWolfe(LatentOptimizer):
 
         Args:
             closure: clears the gradients, evaluates the loss, calls ``backward()`` and returns the
-                loss. Called once, at the quantized weights.
+                loss (or ``None``, where that is watched). Called once, at the quantized weights.
             loss: instead of a closure, the loss whose gradients are in place: a real scalar, not
                 negative, without the weight decay term.
 
@@ -193,7 +196,7 @@ class FrankWolfe(LatentOptimizer):
         made for :math:`\sum_k \langle \partial f/\partial\ell_k, \ell_k\rangle`, the sum over
         everything since the last step or :meth:`zero_grad`. So losses divided for gradient
         accumulation, weighted sums of several watched criteria and losses by sample are right, and
-        evaluation adds nothing.
+        evaluation and ``torch.autograd.grad()`` add nothing.
 
         Args:
             module: a criterion, or a model that returns its loss.
@@ -208,7 +211,8 @@ class FrankWolfe(LatentOptimizer):
         the closure's result. Copies of ``module`` are not watched.
 
         Raises:
-            TypeError: ``module`` is no module.
+            TypeError: ``module`` is no module, ``get`` cannot be called, or ``scaler`` is no
+                ``torch.amp.GradScaler``.
             ValueError: it is watched already.
         """
         if not isinstance(module, nn.Module):
@@ -238,7 +242,7 @@ class FrankWolfe(LatentOptimizer):
     # The stages of a step -----------------------------------------------------------------------
 
     def _loss(
-        self, closure: Callable[[], Tensor | float] | None, loss: Tensor | float | None
+        self, closure: Callable[[], Tensor | float | None] | None, loss: Tensor | float | None
     ) -> tuple[Tensor | float, Tensor | float | None]:
         """The loss by which to step, and what to return."""
         unknown = closure is None and loss is None and not self._watch.has_seen

@@ -132,6 +132,29 @@ class Literal:
         return result
 
 
+class InUnits(Literal):
+    """Remembers latents in the network's own scale, for a unit that changes."""
+
+    def units(self) -> dict[str, float]:
+        parameters = self.model.named_parameters()
+        states = {name: self.optimizer.state.get(p, {}) for name, p in parameters}
+        return {name: float(state["unit"]) for name, state in states.items() if "unit" in state}
+
+    def collect(self) -> None:
+        super().collect()
+        for name, unit in self.units().items():
+            self.history[name][-1] = {k: unit * v for k, v in self.history[name][-1].items()}
+
+    def weights(self, mean: Mean) -> dict[str, Array]:
+        kept = self.history
+        self.history = dict(kept)
+        for name, unit in self.units().items():
+            self.history[name] = [{k: v / unit for k, v in x.items()} for x in kept[name]]
+        result = super().weights(mean)
+        self.history = kept
+        return result
+
+
 def quantized(values: dict[str, Array], unit: float, group: dict[str, Any]) -> Array:
     settings = reference.Settings(
         quantizer=group["quantizer"], radius=group["radius"], threshold=group.get("threshold", 0)
@@ -669,6 +692,44 @@ class TestChanges:
             assert_weights(averaged, literal.weights(equal_weights))
 
     @QUANTIZED
+    @pytest.mark.parametrize("average", ["equal", "ema avg_fn", "ema multi"])
+    @pytest.mark.parametrize("whose", ["optimizer's", "average's"])
+    def test_checkpoint_in_other_units(self, kind: Kind, average: str, whose: str) -> None:
+        """Of another run, loaded between two updates: what is averaged is unit times latent."""
+        settings, mean = AVERAGES[average]
+        model = make_model().double()
+        optimizer = make_optimizer(kind, model, lr=1.0)
+        averaged, literal = AveragedModel(model, optimizer, **settings), InUnits(model, optimizer)
+        for number in range(3):
+            fit(model, optimizer, 1, seed=number)
+            averaged.update_parameters(model)
+            literal.collect()
+
+        torch.manual_seed(5)
+        other = make_model().double()
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(3 * torch.rand(()) + 0.5)
+        its_optimizer = make_optimizer(kind, other, lr=1.0)
+        fit(other, its_optimizer, 2)
+        if whose == "optimizer's":
+            model.load_state_dict(other.state_dict())
+            optimizer.load_state_dict(its_optimizer.state_dict())
+        else:  # the other run takes the average over
+            state = averaged.state_dict()
+            averaged = AveragedModel(other, its_optimizer, **settings)
+            averaged.load_state_dict(state)
+            model, optimizer = other, its_optimizer
+            literal.model, literal.optimizer = model, optimizer
+        for number in range(3):
+            if number:
+                fit(model, optimizer, 1, seed=number)
+            averaged.update_parameters(model)
+            literal.collect()
+            assert_weights(averaged, literal.weights(mean))
+            assert_quantized(averaged.module, quantized_names(model, optimizer))
+
+    @QUANTIZED
     def test_skipped_steps(self, kind: Kind) -> None:
         model = make_model()
         optimizer = make_optimizer(kind, model)
@@ -819,7 +880,7 @@ class TestCopies:
         x = torch.randn(3, 1, 4, 4)
         assert same_bits(twin.eval()(x), averaged.eval()(x))
         before = state_of(twin)
-        with pytest.raises(RuntimeError, match="optimizer"):
+        with pytest.raises(RuntimeError, match=r"is a copy.*AveragedModel\(.*load_state_dict"):
             twin.update_parameters(model)
         assert state_of(twin) == before
 
@@ -892,6 +953,35 @@ class TestErrors:
         fit(model, optimizer, 1, seed=5)
         before = state_of(averaged)
         with pytest.raises((ValueError, RuntimeError, TypeError)):
+            averaged.update_parameters(other)
+        assert state_of(averaged) == before
+
+    @pytest.mark.parametrize("updates", [0, 2])
+    def test_parameters_for_buffers(self, updates: int) -> None:
+        """As many tensors of the same shapes in the same order, but of another kind."""
+
+        class Scale(nn.Module):
+            def __init__(self, trained: bool) -> None:
+                super().__init__()
+                self.scale: Tensor
+                if trained:
+                    self.scale = nn.Parameter(torch.ones(8))
+                else:
+                    self.register_buffer("scale", torch.ones(8))
+
+        first = nn.Linear(8, 8)
+        model = nn.Sequential(first, Scale(trained=True))
+        optimizer = ProjectedDFW([{"params": [first.weight]}, rest_of(model, "0.weight")])
+        averaged = AveragedModel(model, optimizer)
+        for _ in range(updates):
+            averaged.update_parameters(model)
+        before = state_of(averaged)
+        other = nn.Sequential(first, Scale(trained=False))
+        with pytest.raises(ValueError, match="parameters is 2, but 3 in the average"):
+            averaged.update_parameters(other)
+        assert state_of(averaged) == before
+        other = nn.Sequential(*model, Scale(trained=False))
+        with pytest.raises(ValueError, match="buffers is 1, but 0 in the average"):
             averaged.update_parameters(other)
         assert state_of(averaged) == before
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import pickle
+import time
 import weakref
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -377,35 +381,6 @@ class TestSums:
         optimizer.step()
         assert used(optimizer) == pytest.approx(0.25 * loss.item(), rel=1e-10)
 
-    def test_gradients_by_autograd_grad(self) -> None:
-        """A loop that writes the gradients itself."""
-        model, criterion = make_model(), nn.CrossEntropyLoss()
-        optimizer, params = plain(model), list(model.parameters())
-        optimizer.watch_loss(criterion)
-        total = 0.0
-        for inputs, labels in map(make_batch, range(3)):
-            loss = criterion(model(inputs), labels)
-            for p, gradient in zip(params, torch.autograd.grad(loss, params), strict=True):
-                p.grad = gradient if p.grad is None else p.grad + gradient
-            total += loss.item()
-        optimizer.step()
-        assert used(optimizer) == pytest.approx(total, rel=1e-10)
-
-    def test_attack_before_the_backward(self) -> None:
-        """The gradient with respect to inputs comes first, and is no part of the step."""
-        model, criterion = make_model(), nn.CrossEntropyLoss()
-        optimizer = plain(model)
-        optimizer.watch_loss(criterion)
-        inputs, labels = make_batch(0)
-        optimizer.zero_grad()
-        inputs.requires_grad_()
-        (gradient,) = torch.autograd.grad(criterion(model(inputs), labels), inputs)
-        attacked = (inputs + 0.1 * gradient.sign()).detach()
-        loss = criterion(model(attacked), labels)
-        loss.backward()
-        optimizer.step()
-        assert used(optimizer) == pytest.approx(loss.item(), rel=1e-10)
-
     def test_frozen_part(self) -> None:
         """The first parameter has no gradient, at any time."""
         model, criterion = make_model(), nn.CrossEntropyLoss()
@@ -419,6 +394,83 @@ class TestSums:
             total += loss.item()
         optimizer.step()
         assert used(optimizer) == pytest.approx(total, rel=1e-10)
+
+
+class TestAutogradGrad:
+    """``torch.autograd.grad()`` puts nothing into ``.grad``, and is no part of the step."""
+
+    @pytest.mark.parametrize("of", ["inputs", "hidden", "parameters", "one parameter"])
+    def test_in_every_micro_batch(self, of: str) -> None:
+        """Such as attacks, norms and penalties, with gradients of earlier ones in place."""
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer = plain(model)
+        optimizer.watch_loss(criterion)
+        total = 0.0
+        for inputs, labels in map(make_batch, range(3)):
+            inputs.requires_grad_()
+            hidden = model[:2](inputs)
+            others: dict[str, Any] = {
+                "inputs": inputs,
+                "hidden": hidden,
+                "parameters": list(model.parameters()),
+                "one parameter": model[2].weight,
+            }
+            torch.autograd.grad(criterion(model[2:](hidden), labels), others[of])
+            loss = criterion(model((inputs + 0.1).detach()), labels)
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(total, rel=1e-10)
+
+    def test_through_which_one_backward_goes(self) -> None:
+        """A penalty on the gradient: the loss itself counts once."""
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer = plain(model)
+        optimizer.watch_loss(criterion)
+        inputs, labels = make_batch(0)
+        inputs.requires_grad_()
+        loss = criterion(model(inputs), labels)
+        (gradient,) = torch.autograd.grad(loss, inputs, create_graph=True)
+        (loss + gradient.square().sum()).backward()
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(loss.item(), rel=1e-10)
+
+    def test_gradients_that_the_loop_writes(self) -> None:
+        """Nobody can tell them from others; the loop has to pass its loss, and is told so."""
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer, params = plain(model), list(model.parameters())
+        optimizer.watch_loss(criterion)
+        loss = criterion(model(make_batch(0)[0]), make_batch(0)[1])
+        for p, gradient in zip(params, torch.autograd.grad(loss, params), strict=True):
+            p.grad = gradient
+        assert_nothing_seen(optimizer)
+        optimizer.step(loss=loss)
+        assert used(optimizer) == pytest.approx(loss.item(), rel=1e-10)
+
+    @pytest.mark.parametrize("which", range(6))
+    def test_backward_of_one_parameter(self, which: int) -> None:
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer = plain(model)
+        optimizer.watch_loss(criterion)
+        loss = criterion(model(make_batch(0)[0]), make_batch(0)[1])
+        loss.backward(inputs=[list(model.parameters())[which]])
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(loss.item(), rel=1e-10)
+
+    def test_backward_of_other_parameters(self) -> None:
+        """Each player has the loss of its own gradients, through whatever they go."""
+        judge, forger, criterion = make_model(), nn.Linear(6, 6).double(), nn.CrossEntropyLoss()
+        optimizers = plain(judge), plain(forger)
+        for optimizer in optimizers:
+            optimizer.watch_loss(criterion)
+        inputs, labels = make_batch(0)
+        own = criterion(judge(inputs), labels)
+        own.backward()
+        forged = criterion(judge(forger(inputs)), labels + 0)
+        forged.backward(inputs=list(forger.parameters()))
+        for optimizer, loss in zip(optimizers, (own, forged), strict=True):
+            optimizer.step()
+            assert used(optimizer) == pytest.approx(loss.item(), rel=1e-10)
 
 
 Part = tuple[int, float, bool]
@@ -629,6 +681,42 @@ class TestNothingStale:
         expected = float(losses[0].detach() + losses[1].detach())
         assert used(optimizer) == pytest.approx(expected, rel=1e-10)
 
+    def test_zero_grad_of_the_model_between_two_backwards(self) -> None:
+        """Through one graph, so that no forward pass is in between."""
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer = plain(model)
+        optimizer.watch_loss(criterion)
+        loss = criterion(model(make_batch(0)[0]), make_batch(0)[1])
+        loss.backward(retain_graph=True)
+        model.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(loss.item(), rel=1e-10)
+
+    @pytest.mark.parametrize("forward", [False, True])
+    def test_zero_grad_of_the_model_after_a_backward_that_failed(self, forward: bool) -> None:
+        """As by a lack of memory; also if the next loss has been computed before."""
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer = plain(model)
+        optimizer.watch_loss(criterion)
+
+        def fail(_: Tensor) -> None:
+            raise MemoryError
+
+        scores = model(make_batch(0)[0])
+        scores.register_hook(fail)
+        losses = [criterion(scores, make_batch(0)[1])]
+        if not forward:
+            losses.append(criterion(model(make_batch(1)[0]), make_batch(1)[1]))
+        with pytest.raises(MemoryError):
+            losses[0].backward()
+        model.zero_grad()
+        if forward:
+            losses.append(criterion(model(make_batch(1)[0]), make_batch(1)[1]))
+        losses[1].backward()
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(losses[1].item(), rel=1e-10)
+
     def test_zero_grad_between_forward_and_backward(self) -> None:
         """It discards what was, not what is to come."""
         model, criterion, optimizer = seen(momentum=0.0)
@@ -751,6 +839,29 @@ class TestGivenLoss:
             results.append((everything(optimizer), float(optimizer.gamma)))
         assert results[0][0] == results[1][0]
         assert results[0][1] == results[1][1] < 1
+
+    def test_closure_that_returns_nothing(self) -> None:
+        """Frameworks pass such closures, where ``backward()`` has been called before."""
+        model, criterion, optimizer = seen(momentum=0.0)
+        loss = float(criterion(model(make_batch(0)[0]), make_batch(0)[1]).detach())
+        assert optimizer.step(lambda: None) is None
+        assert used(optimizer) == pytest.approx(loss, rel=1e-10)
+
+        with pytest.raises(RuntimeError, match="watched loss"):
+            optimizer.step(lambda: None)
+
+    def test_closure_that_returns_nothing_where_nothing_is_watched(self) -> None:
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer: Any = plain(model)
+        backward(model, criterion, 0)
+        with pytest.raises(TypeError, match=r"closure's result is None"):
+            optimizer.step(lambda: None)
+
+    @pytest.mark.parametrize("result", ["loss", torch.ones(2), 1j * torch.ones(())])
+    def test_closure_that_returns_no_loss(self, result: Any) -> None:
+        _, _, optimizer = seen()
+        with pytest.raises((TypeError, ValueError), match=r"closure's result"):
+            optimizer.step(lambda: result)
 
     def test_closure_that_uses_something_else(self) -> None:
         """A closure in which nothing watched takes part is a mistake, and no step is made."""
@@ -1142,6 +1253,39 @@ class TestCopies:
         optimizer.step()
         assert used(optimizer) == pytest.approx(loss.item(), rel=1e-10)
 
+    def test_shallow(self) -> None:
+        """It has the very hooks of the original, and outlives it."""
+        model, criterion, optimizer = seen(momentum=0.0)
+        loss = float(criterion(model(make_batch(0)[0]), make_batch(0)[1]).detach())
+        twin = copy.copy(criterion)
+        assert twin._forward_hooks is criterion._forward_hooks
+        backward(model, twin, 1)
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(loss, rel=1e-10)
+        backward(model, twin, 1)
+        assert_nothing_seen(optimizer)
+        loss = backward(model, criterion, 1)
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(loss, rel=1e-10)
+        del criterion
+        backward(model, twin, 2)
+        assert_nothing_seen(optimizer)
+
+    def test_replicas(self) -> None:
+        """What DataParallel makes for each batch is no copy: its losses are the module's."""
+        model = WithLoss(WRAPS["dict"])
+        optimizer = plain(model)
+        optimizer.watch_loss(model)
+        losses = []
+        for x, y in map(make_batch, range(2)):
+            replica = model._replicate_for_data_parallel()
+            replica.body = model.body
+            losses.append(replica(x, y)["loss"])
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(loss.item(), rel=1e-10)
+
     @ALL_WAYS
     def test_of_all_together(self, way: str) -> None:
         """A pair that is copied is told its losses anew."""
@@ -1245,6 +1389,128 @@ class TestCheckpoint:
         assert used(optimizer) == pytest.approx(loss.item(), rel=1e-10)
 
 
+class TestReentrant:
+    """A reentrant checkpoint calls ``backward()`` within ``backward()``: that is no new one."""
+
+    def recomputed(self, what: str, model: nn.Module, criterion: nn.Module, number: int) -> Tensor:
+        inputs, labels = make_batch(number)
+        inputs.requires_grad_()
+
+        def whole(x: Tensor) -> Tensor:
+            result = criterion(model(x), labels)
+            assert isinstance(result, Tensor)
+            return result
+
+        def nested(x: Tensor) -> Any:
+            return checkpoint(whole, x, use_reentrant=True)
+
+        if what == "plain":
+            loss: Any = whole(inputs)
+        elif what == "criterion":
+            loss = checkpoint(criterion, model(inputs), labels, use_reentrant=True)
+        elif what == "nested criterion":
+            loss = checkpoint(
+                lambda scores: checkpoint(criterion, scores, labels, use_reentrant=True),
+                model(inputs),
+                use_reentrant=True,
+            )
+        else:
+            function = whole if what == "whole" else nested
+            loss = checkpoint(function, inputs, use_reentrant=True)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    @pytest.mark.parametrize("before", ["nothing", "a backward", "what was discarded"])
+    @pytest.mark.parametrize(
+        "parts",
+        [
+            *itertools.product(["plain", "criterion", "whole", "nested"], repeat=2),
+            ("nested criterion", "nested criterion"),
+            ("criterion", "plain", "criterion"),
+            ("nested", "criterion", "plain", "whole"),
+        ],
+        ids="+".join,
+    )
+    def test_one_backward(self, parts: tuple[str, ...], before: str) -> None:
+        """Of several losses, recomputed or not."""
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer = plain(model)
+        optimizer.watch_loss(criterion)
+        expected = 0.0
+        if before != "nothing":
+            expected = backward(model, criterion, 9)
+        if before == "what was discarded":
+            model.zero_grad()
+            expected = 0.0
+        losses = [self.recomputed(what, model, criterion, i) for i, what in enumerate(parts)]
+        f = torch.stack([weight * loss for weight, loss in enumerate(losses, 1)]).sum()
+        f.backward()
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(expected + f.item(), rel=1e-10)
+
+    @pytest.mark.parametrize("what", ["criterion", "whole", "nested"])
+    def test_several_backwards(self, what: str) -> None:
+        """Before a step, with what was discarded first."""
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer = plain(model)
+        optimizer.watch_loss(criterion)
+        for number in range(2):
+            self.recomputed(what, model, criterion, number).backward()
+        model.zero_grad()
+        total = 0.0
+        for number in (2, 4):
+            f = self.recomputed(what, model, criterion, number)
+            f = f + self.recomputed("plain", model, criterion, number + 1)
+            f.backward()
+            total += f.item()
+        optimizer.step()
+        assert used(optimizer) == pytest.approx(total, rel=1e-10)
+
+
+class Slow(Tensor):
+    """Lets other threads in between the reading of two terms and the writing of their sum."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, *others: Any) -> Any:
+        if "add" in func.__name__:
+            time.sleep(0.001)
+        return super().__torch_function__(func, *others)
+
+
+class SlowLoss(nn.CrossEntropyLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input, target).as_subclass(Slow)
+
+
+class TestThreads:
+    def test_lose_nothing(self) -> None:
+        """Devices have their threads, in one ``backward()`` or in several."""
+        model, criterion = make_model(), SlowLoss()
+        optimizer = plain(model, lr=1e6)
+        optimizer.watch_loss(criterion)
+        first = backward(model, criterion, 0)
+        parts, threads = 5, 8
+        start = Barrier(threads)
+        # Not of the model: torch adds to one gradient in one thread at a time only.
+        scores = [model(make_batch(0)[0]).detach().requires_grad_() for _ in range(threads)]
+
+        def work(number: int) -> None:
+            start.wait()
+            for _ in range(parts):
+                loss = criterion(scores[number], make_batch(0)[1])
+                loss.as_subclass(Tensor).backward()  # or nothing is slow within
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, range(threads)))
+        optimizer.step()
+        assert used(optimizer) == pytest.approx((1 + parts * threads) * first, rel=1e-9)
+
+    @ALL_WAYS
+    def test_optimizer_can_be_copied(self, way: str) -> None:
+        _, _, optimizer = seen()
+        assert everything(WAYS[way](optimizer)) == everything(optimizer)
+
+
 class TestCompile:
     """With the backend that only traces."""
 
@@ -1323,6 +1589,20 @@ class TestWrongArguments:
         optimizer = plain(make_model())
         with pytest.raises(TypeError, match=r"module=.*torch\.nn\.Module.*CrossEntropyLoss\(\)"):
             optimizer.watch_loss(module)
+        assert_not_watching(optimizer)
+
+    @pytest.mark.parametrize("get", [None, "loss", 1])
+    def test_no_function(self, get: Any) -> None:
+        optimizer, criterion = plain(make_model()), nn.CrossEntropyLoss()
+        with pytest.raises(TypeError, match=r"get=.*cannot be called.*lambda output"):
+            optimizer.watch_loss(criterion, get=get)
+        assert_not_watching(optimizer)
+
+    @pytest.mark.parametrize("scaler", [1024.0, torch.ones(()), GradScaler, "cpu", False])
+    def test_no_scaler(self, scaler: Any) -> None:
+        optimizer, criterion = plain(make_model()), nn.CrossEntropyLoss()
+        with pytest.raises(TypeError, match=r"scaler=.*torch\.amp\.GradScaler.*None"):
+            optimizer.watch_loss(criterion, scaler=scaler)
         assert_not_watching(optimizer)
 
     @pytest.mark.parametrize(
