@@ -176,7 +176,7 @@ def test_ctrl_c_between_one_process_and_one(tmp_path: Path) -> None:
 
 def from_the_example(err: str) -> list[str]:
     """Lines of tracebacks of what torchrun has started; when that fails, it has one of its own."""
-    return [line for line in err.splitlines() if f'File "{ROOT}' in line]
+    return [line for line in err.splitlines() if f'File "{ROOT / "examples"}' in line]
 
 
 def the_error(processes: int, script: Path, *arguments: str, cwd: Path) -> str:

@@ -1,0 +1,1 @@
+"""The parts of the character transformer example, one idea a file."""
