@@ -26,6 +26,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_autodoc_typehints",
+    "inline_svg",
     "native_math",
 ]
 exclude_patterns = ["_build"]

@@ -84,7 +84,9 @@ def visit_math(self: HTML5Translator, node: nodes.math) -> None:
 
 
 def visit_math_block(self: HTML5Translator, node: nodes.math_block) -> None:
-    self.body.append(self.starttag(node, "div", CLASS="math-block"))
+    # Furo's wrapper has the same id already.
+    anchor = nodes.Element() if node.parent.get("ids") == node["ids"] else node
+    self.body.append(self.starttag(anchor, "div", CLASS="math-block"))
     self.body.append(f"<div>{mathml(node.astext(), node, block=True)}</div>")
     if node["number"]:
         self.body.append(f'<span class="eqno">({get_node_equation_number(self, node)})')

@@ -1,0 +1,533 @@
+"""Make the figures of these pages: python docs/figures.py [NAME ...]
+
+Each figure is drawn from numbers that the package itself computes (its optimizers, step sizes and
+quantizers), in float64, so that they are the same on every machine. Only the quick start's are
+those of one training run. Into docs/_static/figures go, for each source below, the numbers as JSON,
+and for each figure an SVG whose colours follow the page (docs/_ext/inline_svg.py). Needs the extra
+"examples"; tests/test_docs_figures.py checks that nothing is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "examples")]
+
+import quick_start  # noqa: E402
+
+from dfw_opt import DFW, MultiClassHingeLoss, ProjectedDFW, TernaryDFW, param_groups  # noqa: E402
+from dfw_opt.quantizers import binary, ternary  # noqa: E402
+from dfw_opt.step_size import box_slope, closed_form, maximize  # noqa: E402
+
+THIN: Data = {"color": "black", "alpha": 0.6, "linewidth": 1}
+DASHED: Data = THIN | {"linestyle": "--"}
+TITLE: Data = {"loc": "left", "fontsize": "medium"}
+FOLDER = DOCS / "_static" / "figures"
+
+Data = dict[str, Any]
+"""Numbers, lists of numbers, and dictionaries of these: what JSON can hold."""
+
+
+# ---- The step, in one dimension ----
+
+
+def step_data() -> Data:
+    """The loss w², seen from w = 1, and the steps of SGD and DFW with the same lr."""
+    square = nn.MSELoss()
+    start, lr = torch.tensor([1.0], dtype=torch.float64), 1.0
+    weights, gamma = {}, 0.0
+    for name in ("sgd", "dfw"):
+        w = nn.Parameter(start.clone())
+        loss = square(w, torch.zeros_like(w))
+        loss.backward()
+        if name == "sgd":
+            torch.optim.SGD([w], lr).step()
+        else:
+            optimizer = DFW([w], lr, momentum=0.0, eps=0.0)
+            optimizer.step(loss=loss)
+            gamma = optimizer.gamma.item()
+        weights[name] = w.item()
+    assert w.grad is not None
+
+    # The corner of the model is a point of this grid.
+    grid = torch.linspace(-1.5, 1.5, 61, dtype=torch.float64)
+    line = loss + w.grad * (grid - start)
+    near = (grid - start).square() / (2 * lr)
+    return {
+        "start": start.item(),
+        "lr": lr,
+        "gamma": gamma,
+        **weights,
+        "w": grid.tolist(),
+        "loss": grid.square().tolist(),
+        "line": line.tolist(),
+        "cut": line.clamp(min=0).tolist(),
+        "near": near.tolist(),
+    }
+
+
+def draw_step(data: Data) -> Figure:
+    figure = Figure(figsize=(5, 5.4), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+    w, near = torch.tensor(data["w"]), torch.tensor(data["near"])
+    line, cut = torch.tensor(data["line"]), torch.tensor(data["cut"])
+
+    top.plot(w, data["loss"], **THIN)
+    top.plot(w, line, "C1--")
+    top.plot(w, cut, "C0", linewidth=2.4)
+    for name, colour in (("start", "black"), ("sgd", "C1"), ("dfw", "C0")):
+        top.plot(data[name], data[name] ** 2, "o", color=colour)
+    top.set_title("the loss, and two models of it", **TITLE)
+    top.set(ylim=(-1.2, 2.2), yticks=[0, 1, 2])
+    top.text(-0.88, 1.0, "loss", color="black")
+    top.text(0.2, -0.85, "linear", color="C1")
+    top.text(-0.95, -0.3, "cut off at 0", color="C0")
+
+    bottom.plot(w, near, **(THIN | {"linestyle": ":"}))
+    bottom.plot(w, near + line, "C1--")
+    bottom.plot(w, near + cut, "C0", linewidth=2.4)
+    for name, model, colour in (("sgd", line, "C1"), ("dfw", cut, "C0")):
+        least = int((near + model).argmin())
+        bottom.plot(w[least], (near + model)[least], f"{colour}o")
+        for axis in (top, bottom):
+            axis.axvline(data[name], color=colour, linewidth=0.8, alpha=0.7)
+    bottom.set_title("what a step minimises", **TITLE)
+    bottom.set(ylim=(-1.2, 3.2), yticks=[-1, 0, 1, 2, 3])
+    bottom.text(-0.2, -1.05, "linear + parabola", color="C1")
+    bottom.text(-0.74, 1.65, "cut off + parabola", color="C0")
+    bottom.text(1.48, 0.22, "parabola", color="black", ha="right")
+
+    for axis in (top, bottom):
+        axis.axhline(0, color="black", linewidth=0.6, alpha=0.5)
+    names = {"sgd": "SGD", "dfw": "DFW", "start": "start"}
+    ticks = [f"{data[key]:g}\n{name}".replace("-", "−") for key, name in names.items()]
+    bottom.set_xticks([*(data[key] for key in names), 0], [*ticks, "0"])
+    bottom.set(xlabel="w", xlim=(-1.5, 1.5))
+    return figure
+
+
+# ---- The dual, with a box and without ----
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """The handwritten digits, a row of 64 numbers in [0, 1] each, and their labels."""
+    loaded = load_digits()
+    images = torch.tensor(loaded.images, dtype=torch.float64).flatten(1) / 16
+    return images, torch.tensor(loaded.target)
+
+
+def dual_data() -> Data:
+    """One step of a linear classifier of the digits, whose weights are in a box."""
+    images, labels = digits()
+    criterion = MultiClassHingeLoss()
+    lr, radius = 1.0, 0.1
+    weight = nn.Parameter(torch.zeros(10, 64, dtype=torch.float64))
+    box: Data = {"quantizer": None, "radius": radius}
+    optimizer = ProjectedDFW([weight], lr, momentum=0.0, eps=0.0, **box)
+    shuffle = torch.Generator().manual_seed(0)
+    for _ in range(19):  # the last of these steps is shown
+        batch = torch.randperm(len(labels), generator=shuffle)[:50]
+        w = weight.detach().clone()
+        loss = criterion(images[batch] @ weight.T, labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss)
+    loss, delta = loss.detach(), weight.grad
+    assert delta is not None
+
+    def slope(gamma: Tensor, bound: float = radius) -> tuple[Tensor, Tensor]:
+        value, bend = box_slope(gamma, w, delta, lr, 0.0, -bound, bound)
+        return loss + value, bend
+
+    def distance(gamma: Tensor, bound: float) -> Tensor:
+        moved = (w - lr * gamma * delta).clamp(-bound, bound)
+        return (moved - w).square().sum() / (2 * lr)
+
+    def dual(gamma: Tensor, bound: float = radius) -> Tensor:
+        return distance(gamma, bound) + gamma * slope(gamma, bound)[0]
+
+    def primal(gamma: Tensor) -> Tensor:
+        return distance(gamma, radius) + slope(gamma)[0].clamp(min=0)
+
+    zero = torch.zeros_like(loss)
+    points = {
+        "closed_form": closed_form(loss, zero, lr * delta.square().sum(), eps=0.0),
+        "exact": maximize(slope, like=loss),
+    }
+    torch.testing.assert_close(points["exact"], optimizer.gamma)
+    infinite = float("inf")
+    grid = torch.linspace(0, 1, 51, dtype=torch.float64)
+    return {
+        "gamma": grid.tolist(),
+        "slope": [slope(x)[0].item() for x in grid],
+        "slope_free": [slope(x, infinite)[0].item() for x in grid],
+        "dual": [dual(x).item() for x in grid],
+        "dual_free": [dual(x, infinite).item() for x in grid],
+        "primal": [primal(x).item() for x in grid],
+        "points": {
+            name: {
+                "gamma": gamma.item(),
+                "slope": slope(gamma)[0].item(),
+                "dual": dual(gamma).item(),
+                "primal": primal(gamma).item(),
+            }
+            for name, gamma in points.items()
+        },
+    }
+
+
+def draw_dual(data: Data) -> Figure:
+    figure = Figure(figsize=(5, 5.8), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+    gamma, closed, exact = data["gamma"], data["points"]["closed_form"], data["points"]["exact"]
+
+    top.axhline(0, color="black", linewidth=0.6, alpha=0.5)
+    top.plot(gamma, data["slope_free"], "C1--")
+    top.plot(gamma, data["slope"], "C0", linewidth=2.4)
+    top.plot([closed["gamma"]] * 2, [0, closed["slope"]], "C1o")
+    top.plot(exact["gamma"], exact["slope"], "C0o")
+    top.set_title("φ′(γ), the linearised loss at w(γ)", **TITLE)
+    top.set_ylim(-1.3, 1.1)
+    top.text(0.8, -0.12, "in the box", color="C0", va="top")
+    top.text(0.83, -1.15, "without", color="C1", ha="right")
+    top.text(closed["gamma"] - 0.02, -1.15, "closed form", color="C1", ha="right")
+    top.text(exact["gamma"] + 0.02, 0.9, "exact", color="C0")
+    top.text(
+        closed["gamma"] - 0.02, -0.25, f"{closed['slope']:.2f} is left", color="C1", ha="right"
+    )
+
+    bottom.plot(gamma, data["dual_free"], "C1--")
+    bottom.plot(gamma, data["dual"], "C0", linewidth=2.4)
+    bottom.plot(gamma, data["primal"], "C2", linewidth=2.4)
+    bottom.plot(closed["gamma"], closed["primal"], "C1o")
+    bottom.plot(exact["gamma"], exact["primal"], "C0o")
+    bottom.set_title("the dual φ(γ), and the objective at w(γ)", **TITLE)
+    bottom.set_ylim(-0.1, 1.05)
+    bottom.text(0.2, 0.75, "objective", color="C2")
+    bottom.text(0.14, 0.02, "φ, in the box", color="C0")
+    bottom.text(0.83, -0.06, "φ, without", color="C1", ha="right")
+    bottom.text(closed["gamma"] + 0.01, 0.41, f"{closed['primal']:.3f}", color="C1")
+    bottom.text(exact["gamma"] + 0.01, 0.41, f"{exact['primal']:.3f}", color="C0")
+    for axis in (top, bottom):
+        for point, colour in ((closed, "C1"), (exact, "C0")):
+            axis.axvline(point["gamma"], color=colour, linewidth=0.8, alpha=0.7)
+    ticks = [0, closed["gamma"], exact["gamma"], 1]
+    bottom.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    bottom.set(xlabel="γ", xlim=(0, 1))
+    return figure
+
+
+# ---- Quantized weights ----
+
+
+def quantized(
+    make_optimizer: Callable[[nn.Module], ProjectedDFW | TernaryDFW],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The state of a layer when quantized training begins, and the gradient at its weights.
+
+    The layer is that of a small network, trained as a float network on the digits before.
+    """
+    images, labels = digits()
+    shuffle = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10)
+        ).double()
+    criterion, weight = MultiClassHingeLoss(), net.get_parameter("2.weight")
+
+    def backward() -> Any:
+        batch = torch.randperm(len(labels), generator=shuffle)[:50]
+        loss = criterion(net(images[batch]), labels[batch])
+        net.zero_grad()
+        loss.backward()
+        return loss
+
+    float_optimizer = DFW(net.parameters(), lr=0.1)
+    for _ in range(60):
+        float_optimizer.step(loss=backward())
+    optimizer = make_optimizer(net)
+    backward()
+    assert weight.grad is not None
+    return optimizer.state[weight], weight.grad
+
+
+def binary_data() -> Data:
+    """One output channel of a layer with binary weights."""
+    state, gradient = quantized(lambda net: ProjectedDFW(param_groups(net)))
+    channel = slice(12, 13)
+    u, g, scale = (tensor[channel] for tensor in (state["latent"], gradient, state["scale"]))
+    pulled = binary.pull_back(g, u, state["unit"], scale)
+    assert pulled.metric is not None
+    return {
+        "unit": state["unit"].item(),
+        "scale": scale.item(),
+        "latent": u.flatten().tolist(),
+        "weight": binary.quantize(u, state["unit"], scale).flatten().tolist(),
+        "gradient": g.flatten().tolist(),
+        "delta": (pulled.metric * pulled.gradient).flatten().tolist(),
+    }
+
+
+def draw_binary(data: Data) -> Figure:
+    figure = Figure(figsize=(5, 5.8), layout="constrained")
+    top, bottom = figure.subplots(2)
+    u, g = torch.tensor(data["latent"]), torch.tensor(data["gradient"])
+    q, delta = torch.tensor(data["weight"]), torch.tensor(data["delta"])
+    level = data["unit"] * data["scale"]
+
+    top.plot([-1, 1], [-level, level], **DASHED)
+    for side, colour in ((-1, "C1"), (1, "C0")):
+        top.plot([0, side], [side * level, side * level], colour)
+        top.plot(u[side * q > 0], q[side * q > 0], f"{colour}o", alpha=0.6)
+    top.set_title("the weight Q, by its latent u", **TITLE)
+    top.set(xticks=[-1, 0, 1], xlabel="u", xlim=(-1.05, 1.05), ylim=(-1.25 * level, 1.25 * level))
+    top.set_yticks([-level, 0, level], [f"−{level:.2f}", "0", f"{level:.2f}"])
+    top.text(0.04, -level, "−c·a", color="C1", va="center")
+    top.text(-0.04, level, "c·a", color="C0", ha="right", va="center")
+    top.text(1, -0.1 * level, "straight through", color="black", ha="right", va="top")
+
+    reach = 1.1 * float(g.abs().max())
+    ends = torch.tensor([-reach, reach])
+    bottom.plot(ends, level * ends, **DASHED)
+    for side, colour, name in ((-1, "C1", "u < 0"), (1, "C0", "u ≥ 0")):
+        chosen = side * q > 0
+        apart = (delta - level * g)[chosen].mean()  # it is the same for all of them
+        bottom.plot(ends, level * ends + apart, colour)
+        bottom.plot(g[chosen], delta[chosen], f"{colour}o", alpha=0.6)
+        place, align = (0.5 * reach, 0.5 * level * reach + apart), {-1: "right", 1: "left"}[side]
+        near: Data = {"xytext": (4 * side, -8 * side), "textcoords": "offset points"}
+        bottom.annotate(name, place, color=colour, ha=align, va="center", **near)
+    bottom.set_title("the gradient δ of a latent, by the gradient g of its weight", **TITLE)
+    bottom.set(xlabel="g", ylabel="δ", xlim=(-reach, reach))
+    bottom.locator_params(nbins=5)
+    return figure
+
+
+def ternary_data() -> Data:
+    """A tensor of ternary weights, and how many of them are in each zone."""
+    state, gradient = quantized(lambda net: TernaryDFW(param_groups(net)))
+    u, threshold = state["latent"], state["delta"]
+    others = {"unit": state["unit"], "scale_pos": state["scale_pos"]}
+    others |= {"scale_neg": state["scale_neg"], "delta": threshold}
+    weight = ternary.quantize(u, **others)
+    pulled = ternary.pull_back(gradient, u, **others)["latent"]
+    assert pulled.metric is not None
+    factor = pulled.metric * pulled.gradient / gradient  # NaN where the gradient is 0
+    zones = {"negative": u < -threshold, "zero": u.abs() <= threshold, "positive": u > threshold}
+    return {
+        "delta": threshold.item(),
+        "unit": state["unit"].item(),
+        "zones": {
+            name: {
+                "weights": int(zone.sum()),
+                "level": weight[zone][0].item(),
+                "factor": factor[zone].nanmedian().item(),
+            }
+            for name, zone in zones.items()
+        },
+        "histogram": torch.histc(u, 40, -1, 1).tolist(),
+    }
+
+
+def draw_ternary(data: Data) -> Figure:
+    figure = Figure(figsize=(5, 5.2), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+    delta, zones = data["delta"], data["zones"]
+    limits = {"negative": (-1, -delta), "zero": (-delta, delta), "positive": (delta, 1)}
+    colours = {"negative": "C1", "zero": "C2", "positive": "C0"}
+    bins = len(data["histogram"])
+    edges = torch.linspace(-1, 1, bins + 1)
+    middles = (edges[1:] + edges[:-1]) / 2
+
+    for name, (left, right) in limits.items():
+        colour, zone = colours[name], zones[name]
+        top.plot([left, right], [zone["level"]] * 2, colour, linewidth=2.4)
+        inside = (left < middles) & (middles < right)
+        bottom.stairs(torch.tensor(data["histogram"]) * inside, edges, fill=True, color=colour)
+        for axis in (top, bottom):
+            axis.axvspan(left, right, color=colour, alpha=0.1, linewidth=0)
+    top.set_title("the weight Q, by its latent u", **TITLE)
+    least, most = zones["negative"]["level"], zones["positive"]["level"]
+    top.set_ylim(1.35 * least, 1.35 * most)
+    top.set_yticks([least, 0, most], [f"−{-least:.2f}", "0", f"{most:.2f}"])
+    top.text(0.1, least, "−c·Wₙ", color=colours["negative"], va="center")
+    top.text(-0.1, most, "c·Wₚ", color=colours["positive"], va="center", ha="right")
+
+    tallest = max(data["histogram"])
+    bottom.set_title("how many latents are where, and their gradient δ", **TITLE)
+    bottom.set(ylim=(0, 1.65 * tallest), xlabel="u", xlim=(-1, 1))
+    for name, x in (("negative", -0.5), ("zero", 0), ("positive", 0.5)):
+        words = f"{zones[name]['weights']}\nδ = {zones[name]['factor']:.2f}·g"
+        bottom.text(x, 1.15 * tallest, words, color=colours[name], ha="center")
+    bottom.set_xticks([-1, -delta, delta, 1], ["−1", "−Δ  ", "  Δ", "1"])
+    return figure
+
+
+# ---- The quick start ----
+
+
+def quick_start_data() -> Data:
+    """The three runs of examples/quick_start.py."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+            runs = [quick_start.run(name, Path(folder)) for name in quick_start.OPTIMIZERS]
+    finally:
+        torch.set_num_threads(threads)
+    return {"runs": [asdict(run) for run in runs]}
+
+
+def of_runs(draw: Callable[[list[quick_start.Run]], Figure]) -> Callable[[Data], Figure]:
+    return lambda data: draw([quick_start.Run(**run) for run in data["runs"]])
+
+
+# ---- All of them ----
+
+SOURCES: dict[str, Callable[[], Data]] = {
+    "step": step_data,
+    "dual": dual_data,
+    "binary": binary_data,
+    "ternary": ternary_data,
+    "quick_start": quick_start_data,
+}
+"""What is computed, by the name of its JSON file."""
+
+FIGURES: dict[str, dict[str, Callable[[Data], Figure]]] = {
+    "step": {"step": draw_step},
+    "dual": {"dual": draw_dual},
+    "binary": {"binary": draw_binary},
+    "ternary": {"ternary": draw_ternary},
+    "quick_start": {
+        f"quick_start_{name}": of_runs(draw) for name, draw in quick_start.FIGURES.items()
+    },
+}
+"""What is drawn from it, by the name of the SVG."""
+
+
+def svg(name: str, draw: Callable[[Data], Figure], data: Data) -> str:
+    """One figure as the text of its file."""
+    file = io.StringIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rc("axes.spines", right=False, top=False)
+        matplotlib.rc("figure", dpi=72)
+        matplotlib.rc("font", size=10)
+        matplotlib.rc("svg", fonttype="none")
+        draw(data).savefig(file, format="svg", transparent=True)
+    return tidy(file.getvalue(), name)
+
+
+# matplotlib's colours, as a page may set them; the second is for wherever nothing is set.
+COLOURS = {
+    "#000000": "currentColor",
+    "#1f77b4": "var(--figure-1, #3987c9)",
+    "#ff7f0e": "var(--figure-2, #d9730d)",
+    "#2ca02c": "var(--figure-3, #2f9a4f)",
+    "#808080": "var(--figure-0, #808080)",
+}
+NAMESPACE = "http://www.w3.org/2000/svg"
+HREF = "{http://www.w3.org/1999/xlink}href"
+
+
+def tidy(text: str, name: str) -> str:
+    """Matplotlib's SVG, ready to be a part of a page.
+
+    Colours become variables of the page, and text takes its font. What differs from run to run goes
+    (the date), as does what nobody sees (digits) or would reach beyond the figure: a style sheet,
+    and ids, but for those that something refers to, which begin with ``name``.
+    """
+    ElementTree.register_namespace("", NAMESPACE)
+    root = ElementTree.fromstring(text)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{NAMESPACE}}}{tag}" for tag in ("metadata", "style")):
+                parent.remove(child)
+    used = dict.fromkeys(re.findall(r"#(\w+)[\")]", text))
+    new = {old: f"{name}-{i}" for i, old in enumerate(used)}
+    for element in root.iter():
+        element.text, element.tail = (element.text or "").strip(), ""
+        if HREF in element.attrib:
+            element.set("href", element.attrib.pop(HREF))
+        if element.get("id") not in new:
+            element.attrib.pop("id", None)
+        for key, value in element.items():
+            if key == "id":
+                value = new[value]
+            elif key == "href" or value.startswith("url(#"):
+                value = re.sub(r"#(\w+)", lambda match: f"#{new[match[1]]}", value)
+            elif key == "style":
+                value = re.sub(r"font-family:[^;]*;? *", "", value)
+                value = re.sub(r"#[0-9a-f]{6}", lambda match: COLOURS[match[0]], value)
+            elif key in ("d", "x", "y", "transform"):
+                value = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.4g}", value)
+                value = " ".join(value.split())
+            element.set(key, value)
+        if (element.get("transform") or "").startswith("rotate(-0 "):
+            del element.attrib["transform"]
+    root.set("color", "#808080")  # of wherever nothing else is set
+    root.set("fill", "currentColor")
+    root.set("font-family", "DejaVu Sans, Verdana, sans-serif")
+    root.set("stroke-linejoin", "round")
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def rounded(value: Any) -> Any:
+    """Six digits of every number."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def as_json(data: Data) -> str:
+    """A line for each entry."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def write(source: str, folder: Path) -> None:
+    """Compute the numbers of ``source``, and draw its figures."""
+    data = rounded(SOURCES[source]())
+    (folder / f"{source}.json").write_text(as_json(data), encoding="utf-8")
+    for name, draw in FIGURES[source].items():
+        (folder / f"{name}.svg").write_text(svg(name, draw, data), encoding="utf-8")
+    if source == "quick_start":
+        text = quick_start.report([quick_start.Run(**run) for run in data["runs"]])
+        (folder / f"{source}.txt").write_text(f"{text}\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Make all figures, or those that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SOURCES)}")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="default: %(default)s")
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(SOURCES):
+        parser.error(f"there is no {', '.join(sorted(unknown))}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    for source in given.names or SOURCES:
+        write(source, given.out)
+
+
+if __name__ == "__main__":
+    main()
