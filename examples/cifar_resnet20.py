@@ -1,5 +1,7 @@
 """Train ResNet-20 with float, binary, XNOR or ternary weights on CIFAR-10, or on digits.
 
+A Wide ResNet and a DenseNet can be had too, with --arch, and PARQ to compare with.
+
 Without --data it trains on the handwritten digits that come with scikit-learn:
 
     python cifar_resnet20.py --net xnor --optimizer dfw --export xnor.dfw
@@ -24,7 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet20.command_line import INTERRUPTED, Parser, fail, has_partners, missing, whole
+from resnet20.command_line import (
+    INTERRUPTED,
+    Parser,
+    default_net,
+    fail,
+    has_partners,
+    missing,
+    whole,
+)
 from resnet20.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,10 +68,15 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = out.add_argument_group("what to train").add_argument
-    add("--net", choices=("float", "binary", "xnor", "ternary"), help="default: xnor")
+    add("--arch", choices=("resnet20", "wrn16-2", "densenet28"), help="default: resnet20")
+    add(
+        "--net",
+        choices=("float", "binary", "xnor", "ternary"),
+        help="default: xnor, which is for resnet20 and not for parq; there binary",
+    )
     add("--shortcut", choices=("resnet", "bireal"), help="around two convolutions, or around each")
-    add("--optimizer", choices=("dfw", "adam", "sgd"), help="default: dfw")
-    add("--loss", choices=("svm", "ce"), help="default: svm for dfw, ce for adam and sgd")
+    add("--optimizer", choices=("dfw", "adam", "sgd", "parq"), help="default: dfw")
+    add("--loss", choices=("svm", "ce"), help="default: svm for dfw, else ce")
     add(
         "--smooth",
         action=argparse.BooleanOptionalAction,
@@ -70,17 +85,28 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--lr",
         type=_real(0, math.inf),
-        help="default: 0.1, xnor with dfw 0.3; adam 0.005, float 0.001",
+        help="default: 0.1; adam 0.005, float 0.001",
     )
     add("--momentum", type=_real(0, 1, True), help="default: 0.9; adam's first beta")
     add(
         "--weight-decay",
         type=_real(0, math.inf, True),
-        help="of float weights (default: 1e-4 in the float net with dfw or sgd, else 0)",
+        help="of float weights (default: 1e-4 in the float net with dfw or sgd, else 0); "
+        "with parq of all (2e-4)",
     )
     add("--epochs", type=whole(1), help="default: 20")
     add("--batch-size", type=whole(1), help="default: 128; digits 32")
-    add("--schedule", choices=("none", "cosine", "step"), help="of the lr (default: cosine)")
+    add(
+        "--schedule",
+        choices=("none", "cosine", "step", "parq"),
+        help="of the lr (default: cosine; parq has its own)",
+    )
+    add(
+        "--average",
+        type=_real(0, 1),
+        metavar="DECAY",
+        help="also judge a moving average of the latents, such as 0.995",
+    )
     add("--seed", type=whole(0), help="default: 0")
 
     add = out.add_argument_group("on what").add_argument
@@ -160,7 +186,8 @@ def _run(given: dict[str, Any], job: dict[str, Any], out: Path, team: "Team") ->
     if "data" in given:  # a run may be resumed from another directory
         given["data"] = str(Path(given["data"]).resolve())
     if job["bench"]:
-        settings = Settings.choose({"net": "float"} | given)
+        net = {} if given.get("optimizer") == "parq" else {"net": "float"}
+        settings = Settings.choose(net | given)
         print(bench(settings, _load(settings), job["bench"]))
     elif job["table"]:
         table.run_table(given, _load, out, resume)
@@ -217,7 +244,9 @@ def _download(directory: Path) -> None:
 
 
 def _default_out(given: dict[str, Any], is_table: bool) -> str:
-    name = f"{given.get('net', 'xnor')}-{given.get('optimizer', 'dfw')}"
+    name = f"{given.get('net', default_net(given))}-{given.get('optimizer', 'dfw')}"
+    if "arch" in given:
+        name = f"{given['arch']}-{name}"
     return f"runs/{'table' if is_table else name}"
 
 

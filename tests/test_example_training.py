@@ -56,6 +56,8 @@ def test_schedules() -> None:
         return [learning_rate(schedule, 0.8, step, 8) for step in range(8)]
 
     assert rates("none") == [0.8] * 8
+    parq = [learning_rate("parq", 0.8, step, 20) for step in range(20)]
+    assert parq == pytest.approx([0.8] * 8 + [0.08] * 4 + [0.008] * 3 + [0.0008] * 5)
     assert rates("step") == pytest.approx([0.8] * 4 + [0.08] * 2 + [0.008] * 2)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
         torch.optim.SGD([torch.zeros(1)], lr=0.8), T_max=8
@@ -186,9 +188,10 @@ def test_what_a_run_leaves(
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["test_accuracy"]) <= 1
+    average = {"average_loss", "average_accuracy"}
     quantized = {"gamma_mean", "at_bound", "flip_rate", "skipped_steps"}
     empty = {key for key, value in rows[1].items() if value == ""}
-    assert empty == (quantized if net == "float" else set())
+    assert empty == average | (quantized if net == "float" else set())
     output = capsys.readouterr()
     assert output.err == ""
     lines = output.out.splitlines()
@@ -290,6 +293,7 @@ def test_all_nets_are_on_the_command_line() -> None:
     from resnet20.schedule import SCHEDULES
 
     choices = {a.dest: a.choices for a in cifar_resnet20.parser()._actions if a.choices}
+    assert choices["arch"] == tuple(nets.ARCHES)
     assert choices["net"] == nets.NETS
     assert choices["shortcut"] == nets.SHORTCUTS
     assert choices["optimizer"] == OPTIMIZERS

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import nets
+from .command_line import default_net
 from .data import Data
 from .settings import Settings
 from .training import Run
 
-_NETS = ("float", "xnor", "ternary")
 _PHASES = ("images", "forward", "loss", "backward", "step", "rest")
 _WARM_UP = 5
 
@@ -29,11 +29,11 @@ def bench(settings: Settings, data: Data, steps: int) -> str:
     optimizer. Taking turns keeps whatever else the machine does from favouring one of them.
     """
     bare_name = "bare float loop, SGD"
-    names = [f"{net}, {settings.optimizer}" for net in _NETS]
+    runs = {f"{run.net}, {run.optimizer}": run for run in _runs(settings)}
+    names = list(runs)
     clocks = {name: Clock(settings.device) for name in names}
     jobs = {bare_name: _bare(settings, data)} | {
-        name: _epochs(dataclasses.replace(settings, net=net), data, clocks[name])
-        for name, net in zip(names, _NETS, strict=True)
+        name: _epochs(run, data, clocks[name]) for name, run in runs.items()
     }
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for i in range(_WARM_UP + steps):
@@ -111,9 +111,18 @@ class Clock:
         self._marks.append(time.perf_counter())
 
 
+def _runs(settings: Settings) -> Iterator[Settings]:
+    optimizer = settings.optimizer
+    yield dataclasses.replace(
+        settings, net="float", optimizer="sgd" if optimizer == "parq" else optimizer
+    )
+    for net in (default_net({"arch": settings.arch, "optimizer": optimizer}), "ternary"):
+        yield dataclasses.replace(settings, net=net)
+
+
 def _bare(settings: Settings, data: Data) -> Iterator[None]:
     device = torch.device(settings.device)
-    model = nets.build("float", settings.shortcut, settings.seed).to(device)
+    model = nets.build("float", settings.shortcut, settings.seed, settings.arch).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     shape = (settings.batch_size, 3, 32, 32)
     images = torch.randn(shape).to(device, memory_format=torch.channels_last)

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -42,6 +42,12 @@ def whole(least: int) -> Callable[[str], int]:
     return convert
 
 
+def default_net(given: dict[str, Any]) -> str:
+    """The net, if the command line leaves it open: xnor wherever there is one."""
+    is_resnet = given.get("arch", "resnet20") == "resnet20"
+    return "xnor" if is_resnet and given.get("optimizer") != "parq" else "binary"
+
+
 def fail(message: str) -> int:
     """Say what is wrong; return the exit code."""
     print(f"error: {message}", file=sys.stderr)
@@ -50,7 +56,8 @@ def fail(message: str) -> int:
 
 def missing(error: ModuleNotFoundError) -> int:
     """Say how to get the package that is not there; return the exit code."""
+    extra = "peers" if str(error.name).startswith("torchao") else "examples"
     return fail(
         f"the Python package {error.name} is missing; in a copy of the repository run: "
-        f"{shlex.quote(sys.executable)} -m pip install -e '.[examples]'"
+        f"{shlex.quote(sys.executable)} -m pip install -e '.[{extra}]'"
     )

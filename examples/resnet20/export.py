@@ -28,14 +28,15 @@ def check(path: Path, finished: bool) -> None:
 def export(run: Run, path: Path) -> str:
     """Write the network of ``run`` to ``path``, read it back, and say how good and how large it is.
 
-    It is read into a float network with other weights, which then has to be equal.
+    If there is an average, it is that. It is read into a float network with other weights, which
+    then has to be equal.
     """
     settings = run.settings
-    model = nets.build(settings.net, settings.shortcut, settings.seed)
-    model.load_state_dict(plain_state(run.model))
+    model = nets.build(settings.net, settings.shortcut, settings.seed, settings.arch)
+    model.load_state_dict(plain_state(run.result))
     if not path.exists():
         save_packed(model, path)
-    reloaded = nets.build(settings.net, settings.shortcut, settings.seed + 1)
+    reloaded = nets.build(settings.net, settings.shortcut, settings.seed + 1, settings.arch)
     try:
         load_packed(reloaded, path)
         same = _same(model, reloaded)
@@ -43,7 +44,7 @@ def export(run: Run, path: Path) -> str:
         same = False
     if not same:
         raise UserError(f"{path} is not the network of this run; choose another --export")
-    _, before = run.evaluate(run.model)
+    _, before = run.evaluate(run.result)
     _, after = run.evaluate(reloaded.to(run.device))
     if before != after:
         raise UserError(

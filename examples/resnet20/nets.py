@@ -1,4 +1,7 @@
-"""ResNet-20 for CIFAR (He et al. 2016), and the same with sign activations (XNOR-Net)."""
+"""ResNet-20 for CIFAR (He et al. 2016), and the same with sign activations (XNOR-Net).
+
+`build` makes it, or one of the other architectures.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +10,13 @@ from torch.nn import functional
 from dfw_opt import SignActivation
 
 from .data import CLASSES
+from .dense import DenseNet
+from .network import Network, conv3x3
+from .wide import WideResNet
 
+# What they are called here, and in papers. A step of the others takes a CPU about twice as long as
+# one of ResNet-20.
+ARCHES = {"resnet20": "ResNet-20", "wrn16-2": "WRN-16-2", "densenet28": "DenseNet-BC-28-12"}
 NETS = ("float", "binary", "xnor", "ternary")
 SHORTCUTS = ("resnet", "bireal")
 _WIDTHS = (16, 32, 64)
@@ -33,9 +42,9 @@ class Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, bireal: bool) -> None:
         super().__init__()
         self.outputs, self.stride, self.bireal = outputs, stride, bireal
-        self.conv1 = _conv(inputs, outputs, stride)
+        self.conv1 = conv3x3(inputs, outputs, stride)
         self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = _conv(outputs, outputs)
+        self.conv2 = conv3x3(outputs, outputs)
         self.norm2 = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,10 +63,10 @@ class SignBlock(nn.Module):
         self.outputs, self.stride, self.bireal = outputs, stride, bireal
         self.norm1 = nn.BatchNorm2d(inputs)
         self.sign1 = SignActivation()
-        self.conv1 = _conv(inputs, outputs, stride)
+        self.conv1 = conv3x3(inputs, outputs, stride)
         self.norm2 = nn.BatchNorm2d(outputs)
         self.sign2 = SignActivation()
-        self.conv2 = _conv(outputs, outputs)
+        self.conv2 = conv3x3(outputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         around = shortcut(x, self.outputs, self.stride)
@@ -68,13 +77,13 @@ class SignBlock(nn.Module):
         return z + (y if self.bireal else around)
 
 
-class ResNet20(nn.Module):
+class ResNet20(Network):
     """Nineteen 3x3 convolutions and a linear layer, all of them plain float layers of torch."""
 
     def __init__(self, signs: bool = False, bireal: bool = False) -> None:
         super().__init__()
         width = _WIDTHS[0]
-        self.conv = _conv(3, width)
+        self.conv = conv3x3(3, width)
         self.norm = nn.BatchNorm2d(width)
         block = SignBlock if signs else Block
         blocks: list[nn.Module] = []
@@ -86,26 +95,20 @@ class ResNet20(nn.Module):
         # The sum that leaves the last sign block has not been through a norm or a ReLU yet.
         self.last = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU()) if signs else nn.Identity()
         self.linear = nn.Linear(width, CLASSES)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.start()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.relu(self.norm(self.conv(x)), inplace=True)
-        x = self.last(self.blocks(x)).mean((2, 3))
-        # The loss decides the step size, so the scores are not rounded to bfloat16.
-        with torch.autocast(x.device.type, enabled=False):
-            scores: Tensor = self.linear(x.float())
-        return scores
+        return self.scores(functional.relu(self.norm(self.conv(x)), inplace=True))
 
 
-def build(net: str, shortcuts: str, seed: int) -> ResNet20:
+def build(net: str, shortcuts: str, seed: int, arch: str = "resnet20") -> Network:
     """The network called ``net``; with the same seed all of them start from the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ResNet20(signs=net == "xnor", bireal=shortcuts == "bireal")
+        if arch == "wrn16-2":
+            model: Network = WideResNet(depth=16, factor=2)
+        elif arch == "densenet28":
+            model = DenseNet(depth=28, growth=12)
+        else:
+            model = ResNet20(signs=net == "xnor", bireal=shortcuts == "bireal")
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)

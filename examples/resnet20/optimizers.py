@@ -8,24 +8,26 @@ from torch import Tensor, nn
 
 from dfw_opt import DFW, MultiClassHingeLoss, ProjectedDFW, TernaryDFW, param_groups
 
-from . import straight_through
-from .nets import ResNet20
+from . import parq, straight_through
+from .network import Network
 from .settings import Settings
 
-OPTIMIZERS = ("dfw", "adam", "sgd")
+OPTIMIZERS = ("dfw", "adam", "sgd", "parq")
 LOSSES = ("svm", "ce")
 
 FrankWolfe = DFW | ProjectedDFW | TernaryDFW
 
 
-def attach(model: ResNet20, settings: Settings) -> torch.optim.Optimizer:
-    """Make the optimizer for ``model``.
+def attach(model: Network, settings: Settings, steps: int) -> torch.optim.Optimizer:
+    """Make the optimizer for ``model`` and a run of so many ``steps``.
 
-    A DFW optimizer takes the model as it is. For Adam and SGD the layers that are to be quantized
-    are replaced first.
+    A DFW optimizer and PARQ take the model as it is. For Adam and SGD the layers that are to be
+    quantized are replaced first.
     """
     if settings.optimizer == "dfw":
         return _dfw(model, settings)
+    if settings.optimizer == "parq":
+        return parq.attach(model, settings, steps)
     if settings.net in ("binary", "xnor"):
         straight_through.convert(model.blocks, straight_through.BinaryConv2d)
     elif settings.net == "ternary":
@@ -55,7 +57,7 @@ def criterion(settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:
     return nn.CrossEntropyLoss()
 
 
-def _dfw(model: ResNet20, settings: Settings) -> FrankWolfe:
+def _dfw(model: Network, settings: Settings) -> FrankWolfe:
     if settings.net == "float":
         return DFW(
             model.parameters(),

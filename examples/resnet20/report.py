@@ -28,6 +28,8 @@ _COLUMNS = (
     "flip_rate",
     "seconds",
     "skipped_steps",
+    "average_loss",
+    "average_accuracy",
 )
 
 
@@ -39,6 +41,8 @@ def epoch_line(row: Row, epochs: int, held_out: str) -> str:
         f"train {row['train_loss']:.3f}, {_percent(row['train_accuracy'])}",
         f"{held_out} {row['held_out_loss']:.3f}, {_percent(row['held_out_accuracy'])}",
     ]
+    if _averaged(row):
+        parts.append(f"average {row['average_loss']:.3f}, {_percent(row['average_accuracy'])}")
     if not math.isnan(row["gamma_mean"]):
         parts.append(f"γ {row['gamma_mean']:.2f}")
     if not math.isnan(row["at_bound"]):
@@ -50,22 +54,34 @@ def epoch_line(row: Row, epochs: int, held_out: str) -> str:
     return "  ".join(parts)
 
 
+def last_line(history: list[Row], held_out: str) -> str:
+    """How good the network has become."""
+    row = history[-1]
+    average = f", of the average {100 * row['average_accuracy']:.2f} %" if _averaged(row) else ""
+    accuracy = 100 * row["held_out_accuracy"]
+    return f"{held_out} accuracy {accuracy:.2f} %{average} after {len(history)} epochs"
+
+
 def write_metrics(out: Path, history: list[Row], held_out: str) -> Path:
     """Write all epochs so far; a cell is empty where its column does not apply."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([column.replace("held_out", held_out) for column in _COLUMNS])
     for row in history:
-        writer.writerow([_cell(row[column]) for column in _COLUMNS])
+        writer.writerow([_cell(row.get(column, math.nan)) for column in _COLUMNS])
     write_text(out / METRICS, text.getvalue())
     return out / METRICS
 
 
 def write_curves(out: Path, history: list[Row], title: str, held_out: str) -> Path:
     """Draw loss, accuracy, γ, share at the bound and flip rate over the epochs."""
+    losses = {"train": "train_loss", held_out: "held_out_loss"}
+    accuracies = {"train": "train_accuracy", held_out: "held_out_accuracy"}
+    if _averaged(history[-1]):
+        losses["average"], accuracies["average"] = "average_loss", "average_accuracy"
     panels = (
-        ("loss", {"train": "train_loss", held_out: "held_out_loss"}, 1),
-        ("accuracy, %", {"train": "train_accuracy", held_out: "held_out_accuracy"}, 100),
+        ("loss", losses, 1),
+        ("accuracy, %", accuracies, 100),
         ("γ, mean of the epoch", {"": "gamma_mean"}, 1),
         ("latents at a bound, %", {"": "at_bound"}, 100),
         ("weights flipped in the epoch, %", {"": "flip_rate"}, 100),
@@ -100,6 +116,10 @@ def _panel(axis: Axes, name: str) -> None:
     axis.set_xlabel("epoch")
     axis.grid(alpha=0.3)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _averaged(row: Row) -> bool:
+    return not math.isnan(row.get("average_accuracy", math.nan))
 
 
 def _percent(share: float) -> str:

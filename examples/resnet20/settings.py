@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 
+from .command_line import default_net
 from .errors import UserError
 
 # What may differ when a run is resumed: where it happens, not what happens.
 _PLACE = frozenset({"data", "device", "threads"})
+# What runs were before they could choose it.
+_BEFORE = {"arch": "resnet20", "average": None}
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of one run, all of them plain values."""
 
+    arch: str
     net: str
     shortcut: str
     optimizer: str
@@ -27,6 +31,7 @@ class Settings:
     epochs: int
     batch_size: int
     schedule: str
+    average: float | None
     seed: int
     amp: str
     compile: bool
@@ -39,7 +44,7 @@ class Settings:
     @classmethod
     def choose(cls, given: dict[str, Any]) -> "Settings":
         """Complete what the user gave by defaults."""
-        net = given.get("net", "xnor")
+        net = given.get("net", default_net(given))
         optimizer = given.get("optimizer", "dfw")
         dfw = optimizer == "dfw"
         # The hinge loss is what DFW is made for. The baselines have cross-entropy, with which
@@ -48,6 +53,7 @@ class Settings:
         digits = given.get("data") is None
         device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = {
+            "arch": "resnet20",
             "net": net,
             "shortcut": "resnet",
             "optimizer": optimizer,
@@ -55,10 +61,11 @@ class Settings:
             "smooth": dfw and loss == "svm",
             "lr": _learning_rate(net, optimizer),
             "momentum": 0.9,
-            "weight_decay": 1e-4 if net == "float" and optimizer != "adam" else 0.0,
+            "weight_decay": _weight_decay(net, optimizer),
             "epochs": 20,
             "batch_size": 32 if digits else 128,
-            "schedule": "cosine",
+            "schedule": "parq" if optimizer == "parq" else "cosine",
+            "average": None,
             "seed": 0,
             "amp": None,
             "compile": False,
@@ -67,8 +74,7 @@ class Settings:
             "data": None,
             "threads": None,
         } | given
-        if chosen["smooth"] and chosen["loss"] != "svm":
-            raise UserError("--smooth is for the svm loss; add --loss svm")
+        _check(chosen)
         chosen["device"] = _check_device(device)
         chosen["amp"] = chosen["amp"] or _faster_precision(torch.device(device))
         return cls(**chosen)
@@ -77,7 +83,7 @@ class Settings:
     def of_checkpoint(cls, stored: dict[str, Any]) -> "Settings":
         """The settings that `to_dict` gave."""
         try:
-            return cls(**stored)
+            return cls(**(_BEFORE | stored))
         except TypeError as error:
             raise UserError(
                 "the checkpoint is from another version of this example; choose another --out"
@@ -122,12 +128,32 @@ def _learning_rate(net: str, optimizer: str) -> float:
     # Chosen by trying a few, a factor of about three apart, on the digits.
     if optimizer == "adam":
         return 1e-3 if net == "float" else 5e-3
-    return 0.3 if optimizer == "dfw" and net == "xnor" else 0.1
+    return 0.1
+
+
+def _weight_decay(net: str, optimizer: str) -> float:
+    if optimizer == "parq":
+        return 2e-4
+    return 1e-4 if net == "float" and optimizer != "adam" else 0.0
 
 
 def option(name: str) -> str:
     """How the setting ``name`` is spelt on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def _check(chosen: dict[str, Any]) -> None:
+    """Refuse what does not go together."""
+    if chosen["smooth"] and chosen["loss"] != "svm":
+        raise UserError("--smooth is for the svm loss; add --loss svm")
+    if chosen["arch"] != "resnet20" and chosen["net"] == "xnor":
+        raise UserError("--net xnor is for --arch resnet20; choose another net")
+    if chosen["arch"] != "resnet20" and chosen["shortcut"] != "resnet":
+        raise UserError(f"--shortcut {chosen['shortcut']} is for --arch resnet20; leave it out")
+    if chosen["optimizer"] == "parq" and chosen["net"] not in ("binary", "ternary"):
+        raise UserError("--optimizer parq is for --net binary and ternary")
+    if chosen["optimizer"] == "parq" and chosen["average"] is not None:
+        raise UserError("--average is for the optimizers dfw, adam and sgd")
 
 
 def _check_device(name: str) -> str:

@@ -28,6 +28,7 @@ TABLE = "table.md"
 FIGURE = "table.png"
 # What the rows differ in is not for the command line to say.
 _OF_THE_ROW = ("net", "optimizer", "lr")
+_NOT_ON_THE_POSTER = ("arch", "average")
 _COLOURS = {"float": "black", "ternary": "tab:orange", "xnor": "tab:blue"}
 
 
@@ -55,6 +56,9 @@ def run_table(
     for name in _OF_THE_ROW:
         if name in given:
             raise UserError(f"{option(name)} does not go with --table, whose rows choose their own")
+    for name in _NOT_ON_THE_POSTER:
+        if name in given:
+            raise UserError(f"{option(name)} does not go with --table; leave it out")
     if resume:
         given = _budget_of(out, given)
     rows = [

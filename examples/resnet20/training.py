@@ -1,5 +1,6 @@
 """One run: the loop, what it measures, and how it is stopped and resumed."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, files, nets, report
 from .augment import Augmenter
+from .average import Average
 from .data import Data
 from .distributed import ALONE, Team
 from .errors import UserError
@@ -23,6 +25,7 @@ from .straight_through import layers
 from .watch import WeightWatch
 
 _EVALUATION_BATCH = 500
+_BATCHES_FOR_NORMS = 50
 _COMPILER = ("torch._dynamo", "torch._inductor")
 
 
@@ -42,6 +45,8 @@ class Run:
             )
         if settings.compile and team.size > 1:  # which would stop at each norm that they share
             raise UserError("--compile is for one process; start it without torchrun")
+        if settings.average is not None and team.size > 1:
+            raise UserError("--average is for one process; start it without torchrun")
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         if settings.device.startswith("cuda"):
@@ -53,11 +58,14 @@ class Run:
         self.augmenter = Augmenter(data, self.device)
         self._held_out_images = data.held_out.images.to(self.device)
         self._held_out_labels = data.held_out.labels.to(self.device)
-        model = nets.build(settings.net, settings.shortcut, settings.seed)
+        model = nets.build(settings.net, settings.shortcut, settings.seed, settings.arch)
         self.model = model.to(self.device)
         team.share_statistics(self.model)
-        self.optimizer = attach(self.model, settings)
+        self.optimizer = attach(self.model, settings, settings.epochs * self.steps_per_epoch)
         self._layers = layers(self.model)
+        self.average: Average | None = None
+        if settings.average is not None:
+            self.average = Average(self.model, self.optimizer, settings.average)
         self.criterion = criterion(settings)
         self._alone: Callable[[Tensor], Tensor] = self.model
         if settings.compile:
@@ -90,6 +98,8 @@ class Run:
             self.optimizer.step()
             for layer in self._layers:
                 layer.clip()
+        if self.average is not None:
+            self.average.update()
         correct = (scores.detach().argmax(1) == labels).sum()
         return self.team.mean(loss.detach()), self.team.total(correct)
 
@@ -132,6 +142,9 @@ class Run:
             "seconds": seconds,
             "skipped_steps": self._skipped() - skipped_before,
         }
+        if self.average is not None:
+            loss, accuracy = self._evaluate_average(self.average)
+            row |= {"average_loss": loss, "average_accuracy": accuracy}
         self.history.append(row)
         return row
 
@@ -155,6 +168,11 @@ class Run:
         loss, accuracy, _ = meter.read()
         return loss, accuracy
 
+    @property
+    def result(self) -> nn.Module:
+        """What the training is for: the average if there is one, else the network itself."""
+        return self.model if self.average is None else self.average.model
+
     def state_dict(self) -> dict[str, Any]:
         """All that decides how the run goes on."""
         return {
@@ -162,6 +180,7 @@ class Run:
             "data": self.data.digest,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "history": self.history,
         }
 
@@ -174,6 +193,8 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 "the checkpoint is from another version of this example; choose another --out"
@@ -181,10 +202,21 @@ class Run:
         self.history = list(state["history"])
         self.watch = WeightWatch(self.model, self.optimizer)
 
-    def _scores(self, images: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    def _evaluate_average(self, average: Average) -> tuple[float, float]:
+        # Of images as they were in this epoch. Drawing them again touches no other randomness.
+        settings = self.settings
+        batches = self.augmenter.epoch(settings.seed, self.epoch, settings.batch_size)
+        with self._autocast():
+            average.estimate_norms(itertools.islice(batches, _BATCHES_FOR_NORMS))
+        return self.evaluate(average.model)
+
+    def _autocast(self) -> torch.autocast:
         amp = self.settings.amp == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=amp)
+
+    def _scores(self, images: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
+            with self._autocast():
                 return forward(images)
         except RuntimeError as error:
             if self.settings.compile and type(error).__module__.startswith(_COMPILER):
@@ -221,10 +253,9 @@ def train(settings: Settings, data: Data, out: Path, resume: bool, team: Team = 
         report.write_metrics(out, run.history, data.held_out_name)
         print(report.epoch_line(row, settings.epochs, data.held_out_name), flush=True)
     metrics = report.write_metrics(out, run.history, data.held_out_name)
-    title = f"{settings.net} ResNet-20, {settings.optimizer}, {data.name}"
+    title = f"{settings.net} {nets.ARCHES[settings.arch]}, {settings.optimizer}, {data.name}"
     curves = report.write_curves(out, run.history, title, data.held_out_name)
-    accuracy = run.history[-1]["held_out_accuracy"]
-    print(f"{data.held_out_name} accuracy {100 * accuracy:.2f} % after {run.epoch} epochs")
+    print(report.last_line(run.history, data.held_out_name))
     print(f"metrics {metrics}, curves {curves}, checkpoint {out / checkpoint.NAME}", flush=True)
     return run
 
@@ -233,12 +264,14 @@ def describe(run: Run) -> str:
     """What is about to be trained, in one line."""
     settings = run.settings
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    shortcuts = f", {settings.shortcut} shortcuts" if settings.arch == "resnet20" else ""
+    average = f", average {settings.average:g}" if settings.average is not None else ""
     together = f", {run.team.size} processes" if run.team.size > 1 else ""
     done = f"; {run.epoch} of {settings.epochs} epochs done" if run.epoch else ""
     return (
-        f"{settings.net} ResNet-20 ({parameters:,} parameters, {settings.shortcut} shortcuts), "
-        f"{settings.optimizer}, lr {settings.lr:g}, {settings.loss_name} loss; {run.data.name}, "
-        f"{len(run.data.train):,} training and {len(run.data.held_out):,} "
+        f"{settings.net} {nets.ARCHES[settings.arch]} ({parameters:,} parameters{shortcuts}), "
+        f"{settings.optimizer}, lr {settings.lr:g}, {settings.loss_name} loss{average}; "
+        f"{run.data.name}, {len(run.data.train):,} training and {len(run.data.held_out):,} "
         f"{run.data.held_out_name} images; {settings.device}, "
         f"{settings.precision}{together}{done}"
     )
