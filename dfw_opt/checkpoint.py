@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dfw_opt.quantizers import QUANTIZERS
 from dfw_opt.sharding import all_finite, is_sharded, placed_alike
-from dfw_opt.validate import SETTINGS, check_hyperparameters
+from dfw_opt.validate import SETTINGS, check_hyperparameters, options_of
 
 __all__ = ["check_checkpoint", "momentum_key"]
 
@@ -59,7 +59,10 @@ def _check_group(
     if not isinstance(saved, dict) or not isinstance(saved.get("params"), list):
         raise ValueError(f"the checkpoint's parameter group {number} is none: it lacks 'params'")
     # Other defaults (foreach, and those that torch adds) do not change what a step computes.
-    missing = sorted((SETTINGS & set(defaults)) - set(saved))
+    # Nor do options of quantizers that neither side uses: a checkpoint may be older than they are.
+    quantizers = (saved.get("quantizer"), group.get("quantizer"))
+    needed = SETTINGS | {option.name for q in quantizers for option in options_of(q)}
+    missing = sorted((needed & set(defaults)) - set(saved))
     if missing:
         raise ValueError(
             f"the checkpoint is of another optimizer: its parameter group {number} lacks {missing}"

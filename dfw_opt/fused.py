@@ -41,11 +41,11 @@ _POINTERS = (
     *("scale_pos_momentum_buffer", "scale_neg_momentum_buffer"),
 )
 """State that the kernels read or write, in the order of Tensor in step.c."""
-_TENSOR = struct.Struct(f"2q 3P {len(_POINTERS)}P P 4d")
-_FLOAT = struct.Struct("2q 3P 40x P 56x")  # the same, without what a float parameter has not
+_TENSOR = struct.Struct(f"2q 3P {len(_POINTERS)}P P 5d")
+_FLOAT = struct.Struct("2q 3P 40x P 64x")  # the same, without what a float parameter has not
 _OFFSETS = {key: 40 + 8 * index for index, key in enumerate(_POINTERS)}
 _POINTER = struct.Struct("P")
-_NO_SUMS = (0.0,) * 4
+_NO_SUMS = (0.0,) * 5
 
 
 def fits(p: Tensor, state: Mapping[str, Tensor], quantizer: str | None) -> bool:
@@ -116,9 +116,8 @@ class FusedVariables:
     def sums(self) -> tuple[Tensor, Tensor]:
         """As :meth:`dfw_opt.update.Variables.sums`."""
         self._run("sums")
-        squares, products = self._total(0), self._total(1)
-        if self.quantizer == "ternary":
-            squares += self._call("scales_sums", self.out)
+        of_scales = self._call("scales_sums", self.out) if self.quantizer == "ternary" else 0.0
+        squares, products = self._total(0) + of_scales, self._total(1)
         self.largest = max(self.out[2 :: native.OUTPUTS])
         lr = self.settings.lr
         return _float64(lr * self.settings.weight_decay * products), _float64(lr * squares)

@@ -1,4 +1,4 @@
-"""ProjectedDFW: Deep Frank-Wolfe over a box, for binary weights."""
+"""ProjectedDFW: Deep Frank-Wolfe over a box, for binary weights and weights of a few bits."""
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -10,7 +10,7 @@ __all__ = ["ProjectedDFW"]
 
 
 class ProjectedDFW(FrankWolfe):
-    r"""Deep Frank-Wolfe over a box, for binary weights.
+    r"""Deep Frank-Wolfe over a box, for binary weights and weights of a few bits.
 
     The box :math:`[-R, R]^p` is the relaxation of weights in :math:`\{-1, 1\}`.
 
@@ -40,8 +40,10 @@ class ProjectedDFW(FrankWolfe):
         momentum: :math:`\mu`, as in :class:`DFW`.
         weight_decay: :math:`\lambda`, as in :class:`DFW`; on a latent it acts on :math:`u`.
         eps: :math:`\varepsilon`, as in :class:`DFW`.
-        quantizer: ``"binary"``, or ``None`` to keep the parameter itself in the box, for models
-            that quantize in their own layers.
+        quantizer: ``"binary"``; ``"uniform"`` for weights of ``bits`` bits, see
+            :mod:`dfw_opt.quantizers.uniform`; or ``None`` to keep the parameter itself in the box,
+            for models that quantize in their own layers.
+        bits: of a ``"uniform"`` weight, 2 to 8: :math:`2^\text{bits} - 1` levels.
         radius: :math:`R > 0`, or ``None`` for no box. Only ``quantizer=None, radius=None`` together
             make a group plain :class:`DFW`, as biases and norms need.
         step_size: ``"exact"`` solves for :math:`\gamma` over the box; ``"closed_form"`` takes
@@ -79,6 +81,7 @@ class ProjectedDFW(FrankWolfe):
         eps: float = 1e-5,
         *,
         quantizer: str | None = "binary",
+        bits: int = 4,
         radius: float | None = 1.0,
         step_size: str = "exact",
         foreach: bool | None = None,
@@ -93,6 +96,7 @@ class ProjectedDFW(FrankWolfe):
                 "weight_decay": weight_decay,
                 "eps": eps,
                 "quantizer": quantizer,
+                "bits": bits,
                 "radius": radius,
                 "step_size": step_size,
                 "foreach": foreach,

@@ -27,6 +27,7 @@ __all__ = [
     "groups_of",
     "is_sharded",
     "largest",
+    "largest_of_rows",
     "local",
     "over_shards",
     "placed_alike",
@@ -114,6 +115,28 @@ def largest(x: Tensor) -> Tensor:
     for group in groups_of(x):
         dist.all_reduce(result, dist.ReduceOp.MAX, group)
     return replicated(result, cast(Any, x).device_mesh)
+
+
+def largest_of_rows(x: Tensor) -> Tensor:
+    """The largest magnitude for each index of the first dimension, shape ``(rows, 1, ...)``."""
+    part = local(x)
+    ones = [1] * (x.dim() - 1)
+    if part.numel():
+        result = part.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
+    else:
+        result = part.new_zeros([part.shape[0], *ones])
+    if not is_sharded(x):
+        return result
+    from torch.distributed.tensor import DTensor, Partial
+
+    # A process may have no part of the rows, which DTensor's own amax does not allow.
+    mesh, placements = cast(Any, x).device_mesh, cast(Any, x).placements
+    joined = [p if p.is_replicate() or p.dim == 0 else Partial("max") for p in placements]
+    shape = torch.Size([x.shape[0], *ones])
+    stride = (1,) * x.dim()
+    return settled(
+        DTensor.from_local(result, mesh, joined, run_check=False, shape=shape, stride=stride)
+    )
 
 
 def all_finite(x: Tensor) -> bool:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dfw_opt.quantizers import QUANTIZERS
+from dfw_opt.quantizers import QUANTIZERS, Option
 from dfw_opt.sharding import all_finite
 
-__all__ = ["SETTINGS", "check_hyperparameters", "check_parameters"]
+__all__ = ["SETTINGS", "check_hyperparameters", "check_parameters", "options_of"]
 
 STEP_SIZES = ("exact", "closed_form")
 
@@ -20,18 +20,16 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "weight_decay": (lambda x: x >= 0, "at least 0"),
     "eps": (lambda x: x >= 0, "at least 0"),
     "radius": (lambda x: x > 0, "greater than 0, or None for no box"),
-    "threshold": (lambda x: 0 <= x < 1, "in [0, 1)"),
 }
 
 SETTINGS = frozenset({*_RANGES, "quantizer", "step_size"})
-"""The hyper-parameters that decide what a step computes."""
+"""The hyper-parameters that decide what a step computes, but for options of quantizers."""
 
 # Settings that not all optimizers have, and one that does.
 _SPECIAL = {
     "quantizer": "ProjectedDFW or TernaryDFW",
     "radius": "ProjectedDFW or TernaryDFW",
     "step_size": "ProjectedDFW or TernaryDFW",
-    "threshold": "TernaryDFW",
 }
 
 
@@ -41,14 +39,18 @@ def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) ->
     Raises:
         ValueError: a value is out of range, or names nothing.
     """
-    for name, optimizer in _SPECIAL.items():
+    options = {option.name: option for q in QUANTIZERS for option in options_of(q)}
+    homes = _SPECIAL | {name: option.optimizer for name, option in options.items()}
+    for name, optimizer in homes.items():
         if name not in known and group.get(name) is not None:
             raise ValueError(
                 f"{name}={group[name]!r} is no setting of this optimizer; use {optimizer}"
             )
     for name in known:
         if name in _RANGES and not (name == "radius" and group[name] is None):
-            _check_number(name, group[name])
+            _check_number(name, group[name], *_RANGES[name])
+        elif name in options and name in group:
+            _check_number(name, group[name], options[name].test, options[name].meaning)
     for name in ("foreach", "fused"):
         if not (group.get(name) is None or isinstance(group[name], bool)):
             raise ValueError(f"{name}={group[name]!r} must be True, False or None")
@@ -58,6 +60,12 @@ def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) ->
         raise ValueError(f"step_size={group['step_size']!r} must be one of {list(STEP_SIZES)}")
     if "quantizer" in known:
         _check_quantizer(group["quantizer"], known)
+
+
+def options_of(quantizer: Any) -> tuple[Option, ...]:
+    """The options of the quantizer of that name; none if there is no such."""
+    known = isinstance(quantizer, str) and quantizer in QUANTIZERS
+    return QUANTIZERS[quantizer].options if known else ()
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:
@@ -95,8 +103,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             )
 
 
-def _check_number(name: str, value: Any) -> None:
-    test, meaning = _RANGES[name]
+def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning: str) -> None:
     if isinstance(value, Tensor):
         if name != "lr":
             raise ValueError(f"{name}={value!r} must be a plain number, not a tensor")
@@ -112,7 +119,10 @@ def _check_number(name: str, value: Any) -> None:
 def _check_quantizer(quantizer: Any, known: Mapping[str, Any]) -> None:
     if quantizer is None:
         return
-    available = [name for name, q in QUANTIZERS.items() if set(q.options) <= set(known)]
+    available = [
+        name for name in QUANTIZERS if {option.name for option in options_of(name)} <= set(known)
+    ]
     if quantizer not in available:
-        remedy = "; use TernaryDFW" if quantizer in QUANTIZERS else ""
+        lacking = [o for o in options_of(quantizer) if o.name not in known]
+        remedy = f"; use {lacking[0].optimizer}" if lacking else ""
         raise ValueError(f"quantizer={quantizer!r} must be None or one of {available}{remedy}")

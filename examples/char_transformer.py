@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--attention-lr",
         type=positive,
-        help="of queries and keys (default: --lr, x 30 in ternary dfw)",
+        help="of queries and keys (default: --lr, x 10 in ternary dfw)",
     )
     add("--float-lr", type=positive, help="of embeddings, norms and last layer (default: --lr)")
     add("--momentum", type=_real(0, 1, True), help="default: 0.9; adamw's first beta")

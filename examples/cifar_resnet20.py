@@ -71,9 +71,10 @@ def parser() -> argparse.ArgumentParser:
     add("--arch", choices=("resnet20", "wrn16-2", "densenet28"), help="default: resnet20")
     add(
         "--net",
-        choices=("float", "binary", "xnor", "ternary"),
+        choices=("float", "binary", "xnor", "ternary", "uniform"),
         help="default: xnor, which is for resnet20 and not for parq; there binary",
     )
+    add("--bits", type=int, choices=range(2, 9), help="of a weight, for uniform (default: 4)")
     add("--shortcut", choices=("resnet", "bireal"), help="around two convolutions, or around each")
     add("--optimizer", choices=("dfw", "adam", "sgd", "parq"), help="default: dfw")
     add("--loss", choices=("svm", "ce"), help="default: svm for dfw, else ce")

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW
-from dfw_opt.quantizers import binary, ternary
+from dfw_opt.quantizers import binary, ternary, uniform
 
 PATHS: dict[str, dict[str, Any]] = {
     "single": {"foreach": False},
@@ -59,6 +59,8 @@ KINDS = [
     Kind("ternary", TernaryDFW, quantized=True),
     Kind("ternary_closed_form", TernaryDFW, {"step_size": "closed_form"}, quantized=True),
 ]
+UNIFORM = Kind("uniform", ProjectedDFW, {"quantizer": "uniform", "bits": 3}, quantized=True)
+"""Apart from the others, whose tests count on two or three levels."""
 QUANTIZED_KINDS = [kind for kind in KINDS if kind.quantized]
 MAIN_KINDS = [kind for kind in KINDS if kind.name in ("dfw", "binary", "ternary")]
 
@@ -136,6 +138,10 @@ def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> T
     state = optimizer.state[p]
     if group["quantizer"] == "binary":
         return binary.quantize(state["latent"], state["unit"], state["scale"]).to(p.dtype)
+    if group["quantizer"] == "uniform":
+        return uniform.quantize(state["latent"], state["unit"], state["scale"], group["bits"]).to(
+            p.dtype
+        )
     return ternary.quantize(
         state["latent"],
         state["unit"],

@@ -137,6 +137,7 @@ class Settings:
     quantizer: str | None = None
     radius: float | None = None
     threshold: float = 0.05
+    bits: int = 4
     step_size: str = "exact"
 
 
@@ -238,14 +239,16 @@ class BinaryParameter:
         return result
 
     def moves(self, gradient: Array) -> list[Move]:
-        """δ_i = c(a·g_i + sign(u_i)·1/n Σ_j g_j sign(u_j)),  M = c²."""
+        """δ_i = c(a·g_i + sign(u_i)·1/n Σ_j g_j sign(u_j)),  M = c² mean(a² + (2a + 1)/n)."""
         c, u = self.unit, self.latent.value
         delta = np.empty_like(u)
         for channel in range(u.shape[0]):
             g, s = gradient[channel], sign(u[channel])
             a = np.abs(u[channel]).mean()
             delta[channel] = c * (a * g + s * (g * s).sum() / g.size)
-        metric = c * c
+        n = u[0].size
+        scales = [np.abs(u[channel]).mean() for channel in range(u.shape[0])]
+        metric = c * c * float(np.mean([a * a + (2 * a + 1) / n for a in scales]))
         return [Move(self.latent, delta / metric, metric, self.settings)]
 
 
@@ -273,7 +276,10 @@ class TernaryParameter:
         return result
 
     def moves(self, gradient: Array) -> list[Move]:
-        """δ_u = c·(W_p g, g, W_n g), δ_Wp = c Σ₊g, δ_Wn = −c Σ₋g;  M = c², c²n₊, c²n₋."""
+        """δ_u = c·(W_p g, g, W_n g), δ_Wp = c Σ₊g, δ_Wn = −c Σ₋g.
+
+        M = c²(n₊W_p² + n₀ + n₋W_n²)/n, c²n₊, c²n₋.
+        """
         c = self.unit
         above, below = self.zones()
         delta = c * gradient
@@ -281,7 +287,8 @@ class TernaryParameter:
         delta[below] = c * self.scale_neg.value * gradient[below]
         delta_pos = np.array(c * gradient[above].sum())
         delta_neg = np.array(-c * gradient[below].sum())
-        metric_latent = c * c
+        slopes = np.where(above, self.scale_pos.value, np.where(below, self.scale_neg.value, 1.0))
+        metric_latent = c * c * float(np.square(slopes).mean())
         metric_pos = c * c * max(int(above.sum()), 1)
         metric_neg = c * c * max(int(below.sum()), 1)
         return [
@@ -291,7 +298,30 @@ class TernaryParameter:
         ]
 
 
-Parameter = FloatParameter | BinaryParameter | TernaryParameter
+class UniformParameter:
+    """Q = c·a·round(q·u/a)/q, a = max|u| of the output channel, q = 2^(bits − 1) − 1."""
+
+    def __init__(self, weights: Array, settings: Settings) -> None:
+        self.settings = settings
+        self.unit, self.latent = normalise(weights, settings)
+
+    def forward(self) -> Array:
+        u = self.latent.value
+        q = 2 ** (self.settings.bits - 1) - 1
+        result = np.zeros_like(u)
+        for channel in range(u.shape[0]):
+            a = np.abs(u[channel]).max()
+            if a > 0:
+                result[channel] = self.unit * a * np.round(q * u[channel] / a) / q
+        return result
+
+    def moves(self, gradient: Array) -> list[Move]:
+        """δ = c·g,  M = c²."""
+        c = self.unit
+        return [Move(self.latent, c * gradient / (c * c), c * c, self.settings)]
+
+
+Parameter = FloatParameter | BinaryParameter | TernaryParameter | UniformParameter
 
 
 def make_parameter(weights: Array, settings: Settings) -> Parameter:
@@ -299,6 +329,8 @@ def make_parameter(weights: Array, settings: Settings) -> Parameter:
         return BinaryParameter(weights, settings)
     if settings.quantizer == "ternary":
         return TernaryParameter(weights, settings)
+    if settings.quantizer == "uniform":
+        return UniformParameter(weights, settings)
     return FloatParameter(weights, settings)
 
 

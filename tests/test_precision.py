@@ -183,7 +183,7 @@ class TestGradScaler:
         ends = []
         for scale in (None, 1.0, 2.0**16):
             model, criterion = make_model(), nn.CrossEntropyLoss()
-            optimizer = kind.make(model.parameters(), lr=3.0)
+            optimizer = kind.make(model.parameters(), lr=10.0)
             scaler = GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
             gammas = []
             for number in range(6):
@@ -321,7 +321,7 @@ class TestCompiledModel:
         ends = []
         for compiled in (False, True):
             model, criterion = make_model(), nn.CrossEntropyLoss()
-            optimizer = kind.make(model.parameters(), lr=3.0, fused=fused)
+            optimizer = kind.make(model.parameters(), lr=10.0, fused=fused)
             net: Any = torch.compile(model, backend=counter) if compiled else model
             gammas.append([])
             for number in range(6):

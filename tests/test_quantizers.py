@@ -146,17 +146,22 @@ class TestBinary:
         latent = torch.tensor([[0.0, -0.0], [0.5, -1.0]])
         values = quantize_binary(latent, torch.tensor(1.0))
         assert torch.equal(values[0], torch.zeros(2))
-        d, _ = pull_back_binary(torch.ones(2, 2), latent, torch.tensor(1.0))
-        assert torch.equal(d[0], torch.ones(2))
+        d, M = gradient_and_metric(pull_back_binary(torch.ones(2, 2), latent, torch.tensor(1.0)))
+        assert torch.equal(d[0], torch.full((2,), 1 / M.item()))
 
     @pytest.mark.parametrize("unit", [0.01, 0.37, 1.0, 5.0])
     def test_metric(self, unit: float) -> None:
-        """M = c²: a unit of latent is c in the forward weights."""
+        """M is the squared change of all weights per unit of a latent: by autograd, in the mean."""
         latent, gradient = draw((3, 4), 1)
         d, metric = gradient_and_metric(
             pull_back_binary(gradient, latent, torch.tensor(unit, dtype=torch.float64))
         )
-        assert float(metric) == pytest.approx(unit**2)
+        c = torch.tensor(unit, dtype=torch.float64)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda u: c * u.abs().mean(1, keepdim=True) * SignStraightThrough.apply(u), latent
+        )
+        changes = jacobian.square().sum(dim=(0, 1))
+        assert float(metric) == pytest.approx(float(changes.mean()))
         plain, _ = pull_back_binary(gradient, latent, torch.tensor(1.0, dtype=torch.float64))
         torch.testing.assert_close(d, plain / unit)
 
@@ -227,7 +232,8 @@ class TestTernary:
         values = quantize_ternary(latent, one, one, one, 0.5)
         assert values.tolist() == [[1.0, 0.0, 0.0, 1.0, -1.0]]
         pulled = pull_back_ternary(torch.ones(1, 5), latent, one, 3 * one, 2 * one, 0.5)
-        assert pulled["latent"][0].tolist() == [[3.0, 1.0, 1.0, 3.0, 2.0]]
+        d, M = gradient_and_metric(pulled["latent"])
+        torch.testing.assert_close(M * d, torch.tensor([[3.0, 1.0, 1.0, 3.0, 2.0]]))
 
     def test_threshold_zero(self) -> None:
         one = torch.tensor(1.0)
@@ -261,14 +267,19 @@ class TestTernary:
 
     @pytest.mark.parametrize("unit", [0.01, 0.37, 5.0])
     def test_metric(self, unit: float) -> None:
-        """M = c², c²n₊, c²n₋: a scale moves by the mean gradient of its zone."""
+        """M by autograd, in the mean of the latents; a scale moves by its zone's mean gradient."""
         latent = torch.tensor(
             [[1.0, 0.5, 0.2, -0.1], [0.01, -0.02, 0.3, -0.7]], dtype=torch.float64
         )
         gradient = torch.arange(1.0, 9.0, dtype=torch.float64).reshape(2, 4)
         c = torch.tensor(unit, dtype=torch.float64)
         pulled = pull_back_ternary(gradient, latent, c, *self.scales, 0.05)
-        assert float(gradient_and_metric(pulled["latent"])[1]) == pytest.approx(unit**2)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda u: c * TernaryStraightThrough.apply(u, *self.scales, 0.05), latent
+        )
+        changes = jacobian.square().sum(dim=(0, 1))
+        _, metric = gradient_and_metric(pulled["latent"])
+        assert float(metric) == pytest.approx(float(changes.mean()))
         assert float(gradient_and_metric(pulled["scale_pos"])[1]) == pytest.approx(unit**2 * 4)
         assert float(gradient_and_metric(pulled["scale_neg"])[1]) == pytest.approx(unit**2 * 2)
         assert float(pulled["scale_pos"][0]) == pytest.approx((1 + 2 + 3 + 7) / 4 / unit)
@@ -276,4 +287,4 @@ class TestTernary:
 
 
 def test_registry() -> None:
-    assert set(QUANTIZERS) == {"binary", "ternary"}
+    assert set(QUANTIZERS) == {"binary", "ternary", "uniform"}

@@ -304,6 +304,7 @@ class TestHarness(TestCase):
         """The group with decay ends smaller; quantized ones are compared by their latents."""
         for kwargs in self.configurations(optim_info, device, dtype):
             kwargs["weight_decay"] = 0.0
+            kwargs.setdefault("lr", 0.01)
             sizes = []
             for decay in (0.0, 0.5):
                 weight, bias, closure = self.problem(device, dtype)

@@ -115,7 +115,7 @@ def test_both_ternary_scales_find_their_level(foreach: bool, pos: float, neg: fl
     teacher = torch.where(signs > 0, pos, torch.where(signs < 0, -neg, 0.0))
     start = 0.5 * torch.randn(8, 16, generator=generator)
     p = Parameter(start)
-    optimizer = TernaryDFW([p], lr=0.1, foreach=foreach)
+    optimizer = TernaryDFW([p], lr=0.03, foreach=foreach)
     x = torch.randn(256, 16, generator=generator)
     for _ in range(400):
         optimizer.zero_grad()

@@ -4,9 +4,9 @@
    same notation; those files are the truth, and the tests hold this one to them. A pull-back is
    never stored: every pass makes it anew from the gradient g and the value v,
 
-       e = c d,   M = c^2,   so that  <d, x>_M = c sum e x  and  ||d||_M^2 = sum e^2,
+       e = m d,   M = m^2,   so that  <d, x>_M = m sum e x  and  ||d||_M^2 = sum e^2,
 
-   where c, the unit, is 1 for a float parameter.
+   where m is the unit c times k, a mean over the tensor; 1 for a float parameter.
 
    Work is cut into pieces of about PIECE elements, whatever the number of threads, and every piece has
    its own place for its sums, so that the result does not depend on who does what. Sums are made
@@ -34,6 +34,7 @@ typedef struct {
     float *momentum, *scale_momentum[2];
     float *agreement; /* binary: room for mean g sign(u) of each row, which sums leave behind */
     double sum[2], count[2]; /* ternary: of the gradients in the two zones, and their numbers */
+    double level;            /* k */
 } Tensor;
 
 typedef struct {
@@ -42,8 +43,10 @@ typedef struct {
 
 /* What the pull-back of one row, or one tensor, needs. */
 typedef struct {
-    float mean, through_scale;        /* binary: mean |u|, mean g sign(u) */
-    float delta, positive, negative;  /* ternary: the threshold, W_p, W_n */
+    /* binary: mean |u| and mean g sign(u), over k */
+    float mean, through_scale;
+    /* ternary: the threshold; W_p, 1 and W_n, over k */
+    float delta, positive, zero, negative;
 } Row;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -56,7 +59,7 @@ INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 INLINE float pull_back(int kind, Row row, float g, float v) {
     if (kind == BINARY) return row.mean * g + (v >= 0 ? row.through_scale : -row.through_scale);
     if (kind == TERNARY) {
-        float factor = v > row.delta ? row.positive : 1.0f;
+        float factor = v > row.delta ? row.positive : row.zero;
         return (v < -row.delta ? row.negative : factor) * g;
     }
     return g;
@@ -113,10 +116,10 @@ INLINE void span_sums(int kind, int all, Row row, const float *g, const float *v
     }
 }
 
-/* c sum e (v(gamma) - v), and sum e^2 over the elements that a larger gamma still moves */
-INLINE void span_slope(int kind, Row row, float c, float lower, float upper, float decay,
+/* m sum e (v(gamma) - v), and sum e^2 over the elements that a larger gamma still moves */
+INLINE void span_slope(int kind, Row row, float m, float lower, float upper, float decay,
                        float reach, const float *g, const float *v, int64_t n, double *out) {
-    float scaled = reach / c;
+    float scaled = reach / m;
     FOR_CHUNKS(n) {
         float slopes[LANES] = {0}, bends[LANES] = {0};
         IN_LANES({
@@ -126,17 +129,17 @@ INLINE void span_slope(int kind, Row row, float c, float lower, float upper, flo
             slopes[k] += e * taken;
             bends[k] += (taken == step && step != edge) ? e * e : 0.0f;
         })
-        out[0] += c * total(slopes);
+        out[0] += m * total(slopes);
         out[1] += total(bends);
     }
 }
 
 /* z <- mu z - eta gamma (d + lambda v),  v <- clip(v - eta (lambda v + gamma d) + mu z);
    and, if wanted, sum |v| and max |v| of the result. */
-INLINE void span_move(int kind, int keeps, Row row, float c, float lower, float upper, float decay,
+INLINE void span_move(int kind, int keeps, Row row, float m, float lower, float upper, float decay,
                       float reach, float gamma, float mu, const float *restrict g,
                       float *restrict v, float *restrict z, int64_t n, double *sum, double *most) {
-    float scaled = reach / c, decayed = decay * gamma, keep = 1 - decay;
+    float scaled = reach / m, decayed = decay * gamma, keep = 1 - decay;
     FOR_CHUNKS(n) {
         float magnitudes[LANES] = {0}, largest[LANES] = {0};
         IN_LANES({
@@ -189,7 +192,7 @@ INLINE void span_zones(Row row, const float *g, const float *u, int64_t n, doubl
     }
 }
 
-/* A scale is a value of its own with c' = c sqrt(number of weights in its zone): its pulled-back
+/* A scale is a value of its own with m = c sqrt(number of weights in its zone): its pulled-back
    gradient is the sum of g over the zone, with a minus below, divided by sqrt(number). */
 INLINE float scale_unit(const Tensor *t, int side) { return *t->unit * sqrt(t->count[side]); }
 INLINE float scale_pull(const Tensor *t, int side) {
@@ -224,18 +227,30 @@ static int64_t piece_count(int kind, const Tensor *tensors, int64_t count) {
 INLINE Row row_of(int kind, const Tensor *t, int64_t i, int64_t width) {
     Row row = {0};
     if (kind == BINARY) {
-        row.mean = t->mean[i / width];
-        row.through_scale = t->agreement[i / width];
+        row.mean = t->mean[i / width] / t->level;
+        row.through_scale = t->agreement[i / width] / t->level;
     }
     if (kind == TERNARY) {
         row.delta = *t->delta;
-        row.positive = *t->scale[0];
-        row.negative = *t->scale[1];
+        row.positive = *t->scale[0] / t->level;
+        row.zero = 1 / t->level;
+        row.negative = *t->scale[1] / t->level;
     }
     return row;
 }
 
-INLINE float unit_of(const Tensor *t) { return t->unit ? *t->unit : 1.0f; }
+INLINE float measure_of(const Tensor *t) { return t->unit ? *t->unit * t->level : 1.0f; }
+
+/* k, by which a unit step of a latent moves the weights, in units of c. */
+static double level_of(int kind, const Tensor *t) {
+    double squares = 0;
+    if (kind != BINARY) return 1; /* for ternary tensors, until dfw_scales_sums knows the zones */
+    for (int64_t i = 0; i < t->rows; i++) {
+        double a = t->mean[i];
+        squares += (a * a + (2 * a + 1) / t->columns) / t->rows;
+    }
+    return sqrt(squares);
+}
 
 /* What the network sees of a binary row. */
 INLINE void write_binary(const Tensor *t, int64_t i, int64_t width) {
@@ -262,7 +277,7 @@ INLINE void sums(int kind, Tensor *tensors, int64_t count, const Settings *s, in
                 span_sums(kind, 1, row, g, v, width, o);
             if (kind == TERNARY) span_zones(row, t->gradient + i, t->value + i, width, o + 3);
         }
-        o[1] *= unit_of(t);
+        o[1] *= measure_of(t);
     }
 }
 
@@ -273,7 +288,7 @@ INLINE void slope(int kind, Tensor *tensors, int64_t count, const Settings *s, i
         o[0] = o[1] = 0;
         FOR_ROWS(kind) {
             Row row = row_of(kind, t, i, width);
-            span_slope(kind, row, unit_of(t), s->lower, s->upper, s->lr * s->weight_decay,
+            span_slope(kind, row, measure_of(t), s->lower, s->upper, s->lr * s->weight_decay,
                        s->lr * s->gamma, t->gradient + i, t->value + i, width, o);
         }
     }
@@ -291,10 +306,10 @@ INLINE void move(int kind, Tensor *tensors, int64_t count, const Settings *s, in
             float *v = t->value + i;
             float decay = s->lr * s->weight_decay, reach = s->lr * s->gamma;
             if (t->momentum)
-                span_move(kind, 1, row, unit_of(t), s->lower, s->upper, decay, reach, s->gamma,
+                span_move(kind, 1, row, measure_of(t), s->lower, s->upper, decay, reach, s->gamma,
                           s->momentum, g, v, t->momentum + i, width, &sum, o);
             else
-                span_move(kind, 0, row, unit_of(t), s->lower, s->upper, decay, reach, s->gamma,
+                span_move(kind, 0, row, measure_of(t), s->lower, s->upper, decay, reach, s->gamma,
                           s->momentum, g, v, NULL, width, &sum, o);
             if (kind == BINARY) {
                 t->mean[i / width] = sum / width;
@@ -316,11 +331,14 @@ void dfw_layout(int64_t *out) {
     int64_t layout[] = {sizeof(Tensor),           sizeof(Settings),
                         offsetof(Tensor, unit),   offsetof(Tensor, scale),
                         offsetof(Tensor, momentum), offsetof(Tensor, scale_momentum),
-                        offsetof(Tensor, agreement), offsetof(Tensor, sum)};
+                        offsetof(Tensor, agreement), offsetof(Tensor, sum),
+                        offsetof(Tensor, level)};
     for (size_t k = 0; k < sizeof layout / sizeof *layout; k++) out[k] = layout[k];
 }
 
-int64_t dfw_pieces(int kind, const Tensor *tensors, int64_t count) {
+/* Notes k of each tensor; returns the number of pieces. */
+int64_t dfw_pieces(int kind, Tensor *tensors, int64_t count) {
+    for (Tensor *t = tensors; t < tensors + count; t++) t->level = level_of(kind, t);
     return piece_count(kind, tensors, count);
 }
 
@@ -330,7 +348,7 @@ int64_t dfw_pieces(int kind, const Tensor *tensors, int64_t count) {
     int kind, Tensor *tensors, int64_t count, const Settings *s, int64_t first, int64_t last,     \
         double *out
 
-/* sum e^2, c sum e v, max |v|; and for ternary tensors what span_zones says. */
+/* sum e^2, m sum e v, max |v|; and for ternary tensors what span_zones says. */
 void dfw_sums(ARGUMENTS) { FOR_KINDS(sums, tensors, count, s, first, last, out); }
 
 /* <d, v(gamma) - v>_M, and the sum of e^2 that its derivative has times -eta. */
@@ -362,13 +380,18 @@ void dfw_thresholds(Tensor *tensors, int64_t count, const Settings *s, double *o
     }
 }
 
-/* After dfw_sums: notes the zones, and returns the sum of e^2 over the scales. */
+/* After dfw_sums: notes the zones and k, by which it corrects the sums of e^2; returns that sum over
+   the scales. */
 double dfw_scales_sums(Tensor *tensors, int64_t count, double *out) {
     double squares = 0;
     for (Tensor *t = tensors; t < tensors + count; t++) {
-        double sums[OUTPUTS] = {0};
+        double sums[OUTPUTS] = {0}, p = *t->scale[0], n = *t->scale[1], all = t->rows * t->columns;
+        double *begin = out;
         for (int64_t left = piece_count(TERNARY, t, 1); left > 0; left--, out += OUTPUTS)
             for (int k = 3; k < OUTPUTS; k++) sums[k] += out[k];
+        double squared = (p * p * sums[5] + (all - sums[5] - sums[6]) + n * n * sums[6]) / all;
+        t->level = sqrt(squared);
+        for (double *o = begin; o < out; o += OUTPUTS) o[0] /= squared;
         for (int side = 0; side < 2; side++) {
             t->sum[side] = sums[3 + side];
             /* An empty zone has gradient 0; counting one weight in it keeps M positive. */

@@ -1,6 +1,6 @@
 """What every quantizer provides, and the normalised latent that they share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dfw_opt.sharding import largest
 
-__all__ = ["Group", "Pulled", "Quantizer", "State", "normalised_latent"]
+__all__ = ["Group", "Option", "Pulled", "Quantizer", "State", "normalised_latent"]
 
 State = dict[str, Tensor]
 """What the optimizer keeps for one parameter, by name."""
@@ -26,19 +26,34 @@ class Pulled(NamedTuple):
     """:math:`M`, 0-dim: the squared change in the weights per unit step, summed. ``None`` is 1."""
 
 
+class Option(NamedTuple):
+    """A group key of a quantizer's own, and what its value may be.
+
+    The optimizer that has it gives its default, as a keyword argument of the same name.
+    """
+
+    name: str
+    test: Callable[[float], bool]
+    """Whether a finite number is allowed; only plain numbers are."""
+    meaning: str
+    """What the number must be, as the error words it, such as "at least 0"."""
+    optimizer: str
+    """The class that has the option, for the error where another is given it."""
+
+
 class Quantizer(Protocol):
     """Latent to weight, and gradient at the weight to gradients of what is trained.
 
     ``variables`` maps the state keys that are trained to their bounds; ``None`` stands for the box
     of the group's ``radius``. Only variables under ``radius`` are subject to weight decay.
-    ``options`` names the group keys that the quantizer reads.
+    ``options`` are the group keys that only this quantizer reads; optimizers check them.
     """
 
     @property
     def variables(self) -> Mapping[str, tuple[float, float] | None]: ...
 
     @property
-    def options(self) -> tuple[str, ...]: ...
+    def options(self) -> tuple[Option, ...]: ...
 
     def start(self, weight: Tensor, group: Group) -> State:
         """The whole state for a parameter that holds ``weight``, in float32 or wider."""

@@ -12,10 +12,13 @@ straight-through estimate :math:`\partial \operatorname{sign}(u_i)/\partial u_i 
 .. math::
 
     \delta_i = c\,\Bigl(a\,g_i + \operatorname{sign}(u_i)\,\tfrac1n
-        \textstyle\sum_j g_j \operatorname{sign}(u_j)\Bigr), \qquad M = c^2,
+        \textstyle\sum_j g_j \operatorname{sign}(u_j)\Bigr), \qquad
+    M = c^2\,\text{mean}\Bigl(a^2 + \tfrac{2a + 1}{n}\Bigr),
 
-the sum over the :math:`n` weights of the channel. The usual factor :math:`\mathbb 1[|u_i| \le R]`
-is always 1, because the optimizer keeps latents in the box.
+the sum over the :math:`n` weights of the channel, the mean over the channels. A unit step of
+:math:`u_i` moves its own weight by :math:`c\,(a + \tfrac1n)` and the others by
+:math:`\tfrac cn`: summed squares of these are :math:`M`. The usual factor
+:math:`\mathbb 1[|u_i| \le R]` is always 1, because the optimizer keeps latents in the box.
 
 Source: Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279), Section 3.1; the gradient there,
 :math:`g_i(1/n + \alpha\mathbb 1)`, drops the sum over the channel, which the chain rule keeps.
@@ -27,7 +30,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dfw_opt.quantizers.base import Group, Pulled, Quantizer, State, normalised_latent
+from dfw_opt.quantizers.base import Group, Option, Pulled, Quantizer, State, normalised_latent
 from dfw_opt.sharding import settled
 from dfw_opt.sign import sign
 
@@ -52,19 +55,21 @@ def quantize(latent: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
 
 
 def pull_back(grad: Tensor, latent: Tensor, unit: Tensor, scale: Tensor) -> Pulled:
-    r""":math:`d = M^{-1}\delta = \bigl(a\,g + \operatorname{sign}(u)\,\text{mean}(g \operatorname{sign}(u))\bigr) / c`
-    and :math:`M = c^2`.
+    r""":math:`d = M^{-1}\delta` and :math:`M`.
 
     Args:
         grad: :math:`g`, the loss gradient at :math:`Q(u)`, the shape of ``latent``.
         latent: :math:`u`.
         unit: :math:`c`, 0-dim.
         scale: :math:`a`, of :func:`mean_magnitude`.
-    """  # noqa: E501
+    """
     g = grad.to(latent.dtype)
     signs = sign(latent)
     through_scale = signs * _channel_mean(g * signs)
-    return Pulled((scale * g + through_scale) / unit, unit.square())
+    n = max(1, latent[:1].numel())
+    change = scale.square() + (2 * scale + 1) / n
+    mean_change = settled(change.sum()) / max(1, scale.numel())
+    return Pulled((scale * g + through_scale) / (unit * mean_change), unit.square() * mean_change)
 
 
 def _channel_mean(x: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ def _channel_mean(x: Tensor) -> Tensor:
 
 class _Binary:
     variables: Mapping[str, tuple[float, float] | None] = {"latent": None}
-    options: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
 
     def start(self, weight: Tensor, group: Group) -> State:
         latent, unit = normalised_latent(weight, group["radius"])

@@ -12,10 +12,12 @@ trained in the same step as the latent. With :math:`g` the gradient at :math:`Q(
 
     \delta_{W_p} &= c \sum_{u > \Delta} g, & M &= c^2 n_+, \\
     \delta_{W_n} &= -c \sum_{u < -\Delta} g, & M &= c^2 n_-, \\
-    \delta_{u} &= c\,(W_p\,g,\ g,\ W_n\,g) \text{ in the three zones}, & M &= c^2,
+    \delta_{u} &= c\,(W_p\,g,\ g,\ W_n\,g) \text{ in the three zones},
+        & M &= c^2\,(n_+ W_p^2 + n_0 + n_- W_n^2) / n,
 
-with :math:`n_\pm` the number of weights in a zone. In the metric :math:`M` a scale moves by the
-*mean* gradient of its zone. No gradient flows through :math:`\Delta`.
+with :math:`n_+, n_0, n_-` the numbers of weights in the zones, :math:`n` their sum. In the metric
+:math:`M` a scale moves by the *mean* gradient of its zone. No gradient flows through
+:math:`\Delta`.
 
 Source: Zhu et al., *Trained Ternary Quantization*, ICLR 2017 (arXiv 1612.01064), equations (6) to
 (8). Equation (7) lacks the minus of :math:`\delta_{W_n}`, without which the scale ascends.
@@ -27,7 +29,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dfw_opt.quantizers.base import Group, Pulled, Quantizer, State, normalised_latent
+from dfw_opt.quantizers.base import Group, Option, Pulled, Quantizer, State, normalised_latent
 from dfw_opt.sharding import largest, settled
 
 __all__ = ["SCALE_MIN", "TERNARY", "pull_back", "quantize", "threshold_of"]
@@ -81,11 +83,14 @@ def pull_back(
     sums = [(g * positive).sum(), (g * negative).sum(), positive.sum(), negative.sum()]
     # Together, so that they are one message if the tensor is sharded.
     g_pos, g_neg, n_pos, n_neg = settled(torch.stack([x.to(g.dtype) for x in sums])).unbind()
+    n_zero = latent.numel() - n_pos - n_neg
+    change = n_pos * scale_pos.square() + n_zero + n_neg * scale_neg.square()
+    mean_change = change / max(1, latent.numel())
     # An empty zone has gradient 0; counting one weight in it keeps M positive.
     n_pos, n_neg = n_pos.clamp(min=1), n_neg.clamp(min=1)
     factor = torch.where(positive, scale_pos, torch.where(negative, scale_neg, 1.0))
     return {
-        "latent": Pulled(factor * g / unit, unit.square()),
+        "latent": Pulled(factor * g / (unit * mean_change), unit.square() * mean_change),
         "scale_pos": Pulled(g_pos / (unit * n_pos), unit.square() * n_pos),
         "scale_neg": Pulled(-g_neg / (unit * n_neg), unit.square() * n_neg),
     }
@@ -106,7 +111,9 @@ class _Ternary:
         "scale_pos": (SCALE_MIN, math.inf),
         "scale_neg": (SCALE_MIN, math.inf),
     }
-    options: tuple[str, ...] = ("threshold",)
+    options: tuple[Option, ...] = (
+        Option("threshold", lambda x: 0 <= x < 1, "in [0, 1)", "TernaryDFW"),
+    )
 
     def start(self, weight: Tensor, group: Group) -> State:
         latent, unit = normalised_latent(weight, group["radius"])

@@ -26,7 +26,7 @@ _LEARNING_RATES = {
 # sees them only through a softmax that is nearly uniform at first: their gradients start 30 times
 # smaller than those of values. AdamW divides by that. A step of DFW is as long as the gradient, and
 # attention hardly began to learn. Float weights, which no box holds, did worse with it.
-_ATTENTION = 30
+_ATTENTION = 10
 
 
 @dataclass(frozen=True)

@@ -67,5 +67,7 @@ def _dfw(model: Network, settings: Settings) -> FrankWolfe:
         )
     quantized, rest = param_groups(model)
     rest["weight_decay"] = settings.weight_decay  # see above: none for latents
+    if settings.net == "uniform":
+        quantized |= {"quantizer": "uniform", "bits": settings.bits}
     optimizer = TernaryDFW if settings.net == "ternary" else ProjectedDFW
     return optimizer([quantized, rest], lr=settings.lr, momentum=settings.momentum)

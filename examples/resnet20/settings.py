@@ -12,7 +12,7 @@ from .errors import UserError
 # What may differ when a run is resumed: where it happens, not what happens.
 _PLACE = frozenset({"data", "device", "threads"})
 # What runs were before they could choose it.
-_BEFORE = {"arch": "resnet20", "average": None}
+_BEFORE = {"arch": "resnet20", "average": None, "bits": None}
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Settings:
 
     arch: str
     net: str
+    bits: int | None
     shortcut: str
     optimizer: str
     loss: str
@@ -55,6 +56,7 @@ class Settings:
         chosen = {
             "arch": "resnet20",
             "net": net,
+            "bits": 4 if net == "uniform" else None,
             "shortcut": "resnet",
             "optimizer": optimizer,
             "loss": loss,
@@ -146,6 +148,10 @@ def _check(chosen: dict[str, Any]) -> None:
     """Refuse what does not go together."""
     if chosen["smooth"] and chosen["loss"] != "svm":
         raise UserError("--smooth is for the svm loss; add --loss svm")
+    if chosen["bits"] is not None and chosen["net"] != "uniform":
+        raise UserError("--bits is for --net uniform")
+    if chosen["net"] == "uniform" and chosen["optimizer"] != "dfw":
+        raise UserError("--net uniform is for --optimizer dfw; leave --optimizer out")
     if chosen["arch"] != "resnet20" and chosen["net"] == "xnor":
         raise UserError("--net xnor is for --arch resnet20; choose another net")
     if chosen["arch"] != "resnet20" and chosen["shortcut"] != "resnet":
