@@ -139,7 +139,7 @@ def test_each_parameter_has_the_rate_of_its_kind(short: Text, network: str, opti
     for name, p in run.model.named_parameters():
         expected = 0.1 if name.startswith("blocks") and p.dim() > 1 else 0.2
         if (".query." in name or ".key." in name) and (network, optimizer) == ("ternary", "dfw"):
-            expected = 3.0
+            expected = 1.0
         assert rates[id(p)] == pytest.approx(expected), name
 
 

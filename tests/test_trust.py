@@ -347,7 +347,11 @@ def _damaged(saved: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield copied
         yield saved | {"state": {**saved["state"], index: None}}
     for number, group in enumerate(saved["param_groups"]):
-        for key in group.keys() - {"foreach", "fused"}:
+        # Nothing depends on these: how a step is made, and options of other quantizers.
+        unused = {"foreach", "fused", "bits", "threshold"}
+        if group.get("quantizer") == "ternary":
+            unused.remove("threshold")
+        for key in group.keys() - unused:
             copied = copy.deepcopy(saved)
             del copied["param_groups"][number][key]
             yield copied

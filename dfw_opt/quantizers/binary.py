@@ -66,7 +66,7 @@ def pull_back(grad: Tensor, latent: Tensor, unit: Tensor, scale: Tensor) -> Pull
     g = grad.to(latent.dtype)
     signs = sign(latent)
     through_scale = signs * _channel_mean(g * signs)
-    n = max(1, latent[:1].numel())
+    n = max(1, math.prod(latent.shape[1:]))
     change = scale.square() + (2 * scale + 1) / n
     mean_change = settled(change.sum()) / max(1, scale.numel())
     return Pulled((scale * g + through_scale) / (unit * mean_change), unit.square() * mean_change)
