@@ -53,7 +53,8 @@ class Messages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # ask again, with the local parts
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+        sends = not any(word in func.__name__ for word in ("wait", "wrap"))
+        if func.namespace in ("c10d", "_c10d_functional") and sends:
             tensors = args[0] if isinstance(args[0], list) else [args[0]]
             self.count += 1
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)
