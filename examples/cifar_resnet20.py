@@ -95,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
         help="of float weights (default: 1e-4 in the float net with dfw or sgd, else 0); "
         "with parq of all (2e-4)",
     )
+    add("--radius", type=_real(0, math.inf), help="of dfw's box (default: 1)")
+    add("--step-size", choices=("exact", "closed_form"), help="of dfw in its box (default: exact)")
     add("--epochs", type=whole(1), help="default: 20")
     add("--batch-size", type=whole(1), help="default: 128; digits 32")
     add(

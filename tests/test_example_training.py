@@ -271,6 +271,16 @@ def test_settings_of_a_resumed_run() -> None:
         Settings.of_checkpoint({"net": "xnor"})
 
 
+@pytest.mark.parametrize("net", ["binary", "xnor", "ternary"])
+def test_box_and_step_size_reach_the_quantized_weights_alone(net: str, digits: Data) -> None:
+    chosen = Run(choose(net=net, optimizer="dfw", radius=0.5, step_size="closed_form"), digits)
+    quantized, rest = chosen.optimizer.param_groups
+    assert (quantized["radius"], quantized["step_size"]) == (0.5, "closed_form")
+    quantized, untouched = Run(choose(net=net, optimizer="dfw"), digits).optimizer.param_groups
+    assert (quantized["radius"], quantized["step_size"]) == (1.0, "exact")
+    assert (rest["radius"], rest["step_size"]) == (untouched["radius"], untouched["step_size"])
+
+
 def test_batch_larger_than_the_data(digits: Data) -> None:
     with pytest.raises(UserError, match="--batch-size 64 is more than the 48 training images"):
         Run(choose(batch_size=64), digits)

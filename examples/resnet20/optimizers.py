@@ -69,5 +69,8 @@ def _dfw(model: Network, settings: Settings) -> FrankWolfe:
     rest["weight_decay"] = settings.weight_decay  # see above: none for latents
     if settings.net == "uniform":
         quantized |= {"quantizer": "uniform", "bits": settings.bits}
+    for name in ("radius", "step_size"):  # else the optimizer's own
+        if (value := getattr(settings, name)) is not None:
+            quantized[name] = value
     optimizer = TernaryDFW if settings.net == "ternary" else ProjectedDFW
     return optimizer([quantized, rest], lr=settings.lr, momentum=settings.momentum)

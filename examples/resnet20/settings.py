@@ -12,7 +12,7 @@ from .errors import UserError
 # What may differ when a run is resumed: where it happens, not what happens.
 _PLACE = frozenset({"data", "device", "threads"})
 # What runs were before they could choose it.
-_BEFORE = {"arch": "resnet20", "average": None, "bits": None}
+_BEFORE = {"arch": "resnet20", "average": None, "bits": None, "radius": None, "step_size": None}
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Settings:
     lr: float
     momentum: float
     weight_decay: float
+    radius: float | None
+    step_size: str | None
     epochs: int
     batch_size: int
     schedule: str
@@ -64,6 +66,8 @@ class Settings:
             "lr": _learning_rate(net, optimizer),
             "momentum": 0.9,
             "weight_decay": _weight_decay(net, optimizer),
+            "radius": None,
+            "step_size": None,
             "epochs": 20,
             "batch_size": 32 if digits else 128,
             "schedule": "parq" if optimizer == "parq" else "cosine",
@@ -152,6 +156,9 @@ def _check(chosen: dict[str, Any]) -> None:
         raise UserError("--bits is for --net uniform")
     if chosen["net"] == "uniform" and chosen["optimizer"] != "dfw":
         raise UserError("--net uniform is for --optimizer dfw; leave --optimizer out")
+    for name in ("radius", "step_size"):
+        if chosen[name] is not None and (chosen["optimizer"] != "dfw" or chosen["net"] == "float"):
+            raise UserError(f"{option(name)} is for --optimizer dfw with quantized weights")
     if chosen["arch"] != "resnet20" and chosen["net"] == "xnor":
         raise UserError("--net xnor is for --arch resnet20; choose another net")
     if chosen["arch"] != "resnet20" and chosen["shortcut"] != "resnet":
