@@ -47,14 +47,15 @@ class DFW(FrankWolfe):
             They do float32 parameters on the CPU, where there is a C compiler; all else is done as
             ``foreach`` says. ``None`` means yes for models of 65,536 elements or more, unless
             ``foreach`` is given. The first such step on a machine waits about a second for the
-            compiler.
+            compiler. ``foreach=True`` and ``fused=True`` together are refused.
         process_group: over which ranks the loss is averaged, so that :math:`\gamma` is the same on
             all of them: ``"world"``, all ranks, where ``torch.distributed`` is initialised when a
             step is made; a ``ProcessGroup``; or ``None``, no others.
 
     Raises:
-        TypeError: a parameter is complex, or flattened by FSDP1; or ``process_group`` is neither a
-            process group of this rank, nor ``"world"``, nor ``None``.
+        TypeError: a parameter is not real floating point, or flattened by FSDP1; or
+            ``process_group`` is neither a process group of this rank, nor ``"world"``, nor
+            ``None``.
         ValueError: a setting is out of range; the message names it.
 
     >>> import torch

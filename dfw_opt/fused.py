@@ -6,7 +6,6 @@ back anew in each pass, so that a step needs next to no memory of its own.
 """
 
 import ctypes
-import itertools
 import math
 import struct
 from collections.abc import Mapping
@@ -41,8 +40,8 @@ _POINTERS = (
     *("scale_pos_momentum_buffer", "scale_neg_momentum_buffer"),
 )
 """State that the kernels read or write, in the order of Tensor in step.c."""
-_TENSOR = struct.Struct(f"2q 3P {len(_POINTERS)}P P 5d")
-_FLOAT = struct.Struct("2q 3P 40x P 64x")  # the same, without what a float parameter has not
+_TENSOR = struct.Struct(f"2q 3P {len(_POINTERS)}P 5d")
+_FLOAT = struct.Struct("2q 3P 40x P 56x")  # the same, without what a float parameter has not
 _OFFSETS = {key: 40 + 8 * index for index, key in enumerate(_POINTERS)}
 _POINTER = struct.Struct("P")
 _NO_SUMS = (0.0,) * 5
@@ -104,10 +103,7 @@ class FusedVariables:
         self.kind = KINDS[self.quantizer]
         self.elements = sum(p.numel() for p in params)
         rows = [p.shape[0] if self.quantizer == "binary" else 1 for p in params]
-        # Where a kernel leaves what the later ones need again: a float a row.
-        self.room = (ctypes.c_float * sum(rows))()
-        places = itertools.accumulate((4 * n for n in rows), initial=ctypes.addressof(self.room))
-        self.tensors = bytearray(b"".join(map(self._described, params, states, rows, places)))
+        self.tensors = bytearray(b"".join(map(self._described, params, states, rows)))
         self.address = (ctypes.c_char * len(self.tensors)).from_buffer(self.tensors)
         self.pieces = kernels.dfw_pieces(self.kind, self.address, len(params))
         self.out = (ctypes.c_double * (native.OUTPUTS * self.pieces))()
@@ -152,7 +148,7 @@ class FusedVariables:
             self._run("write_ternary")
         increment_version(self.params)
 
-    def _described(self, p: Tensor, state: Mapping[str, Tensor], rows: int, place: int) -> bytes:
+    def _described(self, p: Tensor, state: Mapping[str, Tensor], rows: int) -> bytes:
         assert p.grad is not None
         if self.quantizer is None:
             value, momentum = p.data_ptr(), state.get("momentum_buffer")
@@ -162,7 +158,7 @@ class FusedVariables:
         pointers = [state[key].data_ptr() if key in state else 0 for key in _POINTERS]
         return _TENSOR.pack(
             *(rows, p.numel() // rows, p.grad.data_ptr(), latent.data_ptr(), p.data_ptr()),
-            *(*pointers, place),
+            *pointers,
             *_NO_SUMS,
         )
 

@@ -30,7 +30,7 @@ class MultiClassHingeLoss(nn.Module):
         - output: 0-dim.
 
     Raises:
-        ValueError: shapes or dtypes are not as above.
+        ValueError: shapes or dtypes are not as above. (A label out of range is torch's error.)
 
     >>> criterion = MultiClassHingeLoss()
     >>> criterion(torch.tensor([[2.0, 1.5, 0.0]]), torch.tensor([0]))

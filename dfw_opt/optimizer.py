@@ -33,7 +33,7 @@ from dfw_opt.sharding import (
 from dfw_opt.state import CHANGED, LatentOptimizer, box
 from dfw_opt.step_size import climb, closed_form, maximize, readable
 from dfw_opt.update import Bounds, Variables
-from dfw_opt.validate import check_hyperparameters, check_parameters, options_of
+from dfw_opt.validate import check_hyperparameters, check_options, check_parameters, options_of
 from dfw_opt.watch import LossWatch, loss_of
 
 __all__ = ["FrankWolfe"]
@@ -90,7 +90,7 @@ class FrankWolfe(LatentOptimizer):
         optimizers.
 
         Raises:
-            TypeError: a parameter is complex.
+            TypeError: a parameter is not real floating point, or flattened by FSDP1.
             ValueError: a hyper-parameter is out of range, or a parameter does not suit its
                 quantizer.
         """
@@ -140,13 +140,16 @@ class FrankWolfe(LatentOptimizer):
         Raises:
             TypeError: both of ``closure`` and ``loss`` were given, or neither and none is watched;
                 or the loss is not a number.
-            ValueError: the loss is not a scalar.
+            ValueError: the loss is not a scalar; or an option of a quantizer (``threshold``,
+                ``bits``) has been set to what it may not be.
             RuntimeError: a gradient is sparse; or the watched module has taken part in no
                 ``backward()`` since the last step.
 
         A loss or gradient that is NaN or infinite (or whose squared norm overflows) skips the step:
         nothing changes, :attr:`gamma` is NaN and :attr:`skipped_steps` grows by one.
         """
+        for group in self.param_groups:  # before a closure runs, or anything moves
+            check_options(group)
         given, result = self._loss(closure, loss)
         self._check_gradients()
 

@@ -14,11 +14,12 @@ class ProjectedDFW(FrankWolfe):
 
     The box :math:`[-R, R]^p` is the relaxation of weights in :math:`\{-1, 1\}`.
 
-    Each quantized parameter holds :math:`Q(u) = c\,a\,\operatorname{sign}(u)`, from construction on
-    and after every step; its normalised latent :math:`u` is ``optimizer.state[p]["latent"]``, in
-    float32. With :math:`d = M^{-1}\delta` the gradient pulled back to the latent, in the metric
-    :math:`M` of the weights (see :mod:`dfw_opt.quantizers`), and :math:`v` a latent or a float
-    parameter (:math:`M = 1`):
+    Each quantized parameter holds :math:`Q(u)`, for binary weights
+    :math:`c\,a\,\operatorname{sign}(u)`, from construction on and after every step; its normalised
+    latent :math:`u` is ``optimizer.state[p]["latent"]``, in float32. With
+    :math:`d = M^{-1}\delta` the gradient pulled back to the latent, in the metric :math:`M` of the
+    weights (see :mod:`dfw_opt.quantizers`), and :math:`v` a latent or a float parameter
+    (:math:`M = 1`):
 
     .. math::
 
@@ -55,10 +56,11 @@ class ProjectedDFW(FrankWolfe):
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
     Raises:
-        TypeError: a parameter is complex, or flattened by FSDP1; or ``process_group`` is neither a
-            process group of this rank, nor ``"world"``, nor ``None``.
+        TypeError: a parameter is not real floating point, or flattened by FSDP1; or
+            ``process_group`` is neither a process group of this rank, nor ``"world"``, nor
+            ``None``.
         ValueError: a setting is out of range or names nothing; a parameter to be quantized has
-            fewer than two dimensions, or holds NaN.
+            fewer than two dimensions, or holds NaN or infinity.
 
     >>> import torch
     >>> model = torch.nn.Linear(4, 3)

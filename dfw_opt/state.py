@@ -114,7 +114,7 @@ class LatentOptimizer(Optimizer):
         if "latent" not in state:
             # Frozen until now. Only a step that counts quantizes the parameter itself.
             state.update(_started(p, group))
-        if not quantizer.variables.keys() <= state.keys():
+        if not {*quantizer.variables, *quantizer.derived} <= state.keys():
             raise ValueError(CHANGED.format(repr(group["quantizer"])))
         self._warn_if_overwritten(p, group)
         return state

@@ -50,7 +50,8 @@ MAX_EVALUATIONS = 100
 _CLIMB = 10
 
 FIXED_EVALUATIONS = 20
-"""How often it does on an accelerator, where stopping early would mean to wait for a result."""
+"""How often :func:`maximize` evaluates the slope on an accelerator, where stopping early would mean
+to wait for a result."""
 
 
 def closed_form(loss: Tensor, decay: Tensor, curvature: Tensor, eps: float) -> Tensor:

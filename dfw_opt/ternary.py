@@ -37,10 +37,11 @@ class TernaryDFW(FrankWolfe):
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
     Raises:
-        TypeError: a parameter is complex, or flattened by FSDP1; or ``process_group`` is neither a
-            process group of this rank, nor ``"world"``, nor ``None``.
+        TypeError: a parameter is not real floating point, or flattened by FSDP1; or
+            ``process_group`` is neither a process group of this rank, nor ``"world"``, nor
+            ``None``.
         ValueError: a setting is out of range or names nothing; a parameter to be quantized has
-            fewer than two dimensions, or holds NaN.
+            fewer than two dimensions, or holds NaN or infinity.
 
     >>> import torch
     >>> model = torch.nn.Linear(4, 3)

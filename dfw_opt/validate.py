@@ -9,7 +9,13 @@ from torch import Tensor
 from dfw_opt.quantizers import QUANTIZERS, Option
 from dfw_opt.sharding import all_finite
 
-__all__ = ["SETTINGS", "check_hyperparameters", "check_parameters", "options_of"]
+__all__ = [
+    "SETTINGS",
+    "check_hyperparameters",
+    "check_options",
+    "check_parameters",
+    "options_of",
+]
 
 STEP_SIZES = ("exact", "closed_form")
 
@@ -62,6 +68,16 @@ def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) ->
         _check_quantizer(group["quantizer"], known)
 
 
+def check_options(group: Mapping[str, Any]) -> None:
+    """Checks what the quantizer of ``group`` reads anew at every step.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    for option in options_of(group.get("quantizer")):
+        _check_number(option.name, group[option.name], option.test, option.meaning)
+
+
 def options_of(quantizer: Any) -> tuple[Option, ...]:
     """The options of the quantizer of that name; none if there is no such."""
     known = isinstance(quantizer, str) and quantizer in QUANTIZERS
@@ -112,8 +128,15 @@ def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}={value!r} must be a plain number, {meaning}")
-    if not (math.isfinite(value) and test(value)):
+    if not (_finite(value) and test(value)):
         raise ValueError(f"{name}={value!r} must be {meaning}")
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _check_quantizer(quantizer: Any, known: Mapping[str, Any]) -> None:

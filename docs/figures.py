@@ -276,6 +276,8 @@ def binary_data() -> Data:
     u, g, scale = (tensor[channel] for tensor in (state["latent"], gradient, state["scale"]))
     pulled = binary.pull_back(g, u, state["unit"], scale)
     assert pulled.metric is not None
+    signs = torch.where(u >= 0, 1.0, -1.0)
+    chain = state["unit"] * (scale * g + signs * (g * signs).mean())
     return {
         "unit": state["unit"].item(),
         "scale": scale.item(),
@@ -283,6 +285,7 @@ def binary_data() -> Data:
         "weight": binary.quantize(u, state["unit"], scale).flatten().tolist(),
         "gradient": g.flatten().tolist(),
         "delta": (pulled.metric * pulled.gradient).flatten().tolist(),
+        "chain_rule": chain.flatten().tolist(),
     }
 
 
@@ -291,6 +294,7 @@ def draw_binary(data: Data) -> Figure:
     top, bottom = figure.subplots(2)
     u, g = torch.tensor(data["latent"]), torch.tensor(data["gradient"])
     q, delta = torch.tensor(data["weight"]), torch.tensor(data["delta"])
+    chain = torch.tensor(data["chain_rule"])
     level = data["unit"] * data["scale"]
 
     top.plot([-1, 1], [-level, level], **DASHED)
@@ -306,11 +310,11 @@ def draw_binary(data: Data) -> Figure:
 
     reach = 1.1 * float(g.abs().max())
     ends = torch.tensor([-reach, reach])
-    bottom.plot(ends, level * ends, **DASHED)
+    bottom.plot(ends, (level + data["unit"] / len(u)) * ends, "C2")
     for side, colour, name in ((-1, "C1", "u < 0"), (1, "C0", "u ≥ 0")):
         chosen = side * q > 0
-        apart = (delta - level * g)[chosen].mean()  # it is the same for all of them
-        bottom.plot(ends, level * ends + apart, colour)
+        apart = (chain - level * g)[chosen].mean()  # it is the same for all of them
+        bottom.plot(ends, level * ends + apart, colour, linestyle="--")
         bottom.plot(g[chosen], delta[chosen], f"{colour}o", alpha=0.6)
         place, align = (0.5 * reach, 0.5 * level * reach + apart), {-1: "right", 1: "left"}[side]
         near: Data = {"xytext": (4 * side, -8 * side), "textcoords": "offset points"}

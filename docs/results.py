@@ -74,7 +74,7 @@ class Run:
         return 100 * self.rows[-1]["accuracy"]
 
     @property
-    def average_accuracy(self) -> float:
+    def average(self) -> float:
         """Of the average of the weights, after the last epoch, in percent."""
         return 100 * self.rows[-1]["average_accuracy"]
 
@@ -129,7 +129,17 @@ def _arguments(settings: dict[str, Any]) -> str:
     from resnet20.settings import Settings as Images
     from resnet20.settings import option
 
-    always = ["net", "optimizer", "loss", "lr", "epochs", "steps", "schedule", "seed"]
+    always = [
+        "net",
+        "optimizer",
+        "loss",
+        "lr",
+        "attention_lr",
+        "epochs",
+        "steps",
+        "schedule",
+        "seed",
+    ]
     given = {key: settings[key] for key in always if key in settings}
     known = Images if "epochs" in settings else Chars
     place = {"data": "-", "device": "cpu"} if "epochs" in settings else {}
@@ -146,24 +156,22 @@ def _arguments(settings: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-# ---- Tables ----
+# ---- What the tables are made of ----
 
 Cells = Sequence[str]
 
 
-def table(header: Cells, rows: Iterable[Cells]) -> str:
-    """A table in Markdown."""
+def markdown(header: Cells, rows: Iterable[Cells]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def number(value: float) -> str:
-    """An accuracy in percent, or nothing."""
-    return "" if math.isnan(value) else f"{value:.1f}"
+def number(values: Sequence[float]) -> str:
+    """The mean in percent, and what it is the mean of."""
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({', '.join(f'{x:.1f}' for x in values)})"
 
 
 def signed(value: float) -> str:
@@ -171,26 +179,86 @@ def signed(value: float) -> str:
 
 
 def pick(runs: Iterable[Run], **options: str) -> list[Run]:
-    """The runs with these options."""
-    return [
-        run
-        for run in runs
-        if all(run[key.replace("_", "-")] == value for key, value in options.items())
+    """The runs with these options; an empty value stands for one that is not given."""
+    return [run for run in runs if all(run[key] == value for key, value in options.items())]
+
+
+def accuracies(runs: Iterable[Run], **options: str) -> list[float]:
+    return [run.accuracy for run in pick(runs, **options)]
+
+
+# ---- The table ----
+
+ROWS = [("dfw", "svm"), ("adam", "svm"), ("adam", "ce"), ("sgd", "svm"), ("sgd", "ce")]
+
+
+def best_of(runs: list[Run], net: str, optimizer: str) -> float:
+    """The mean over seeds, of the better loss, as all rows of an optimizer are tuned alike."""
+    by_loss = [accuracies(runs, net=net, optimizer=optimizer, loss=loss) for loss in ("svm", "ce")]
+    return max(sum(values) / len(values) for values in by_loss if values)
+
+
+def main_table() -> str:
+    runs, rows = load("main"), []
+    for net in NETS:
+        for optimizer, loss in ROWS:
+            if chosen := pick(runs, net=net, optimizer=optimizer, loss=loss):
+                accuracy = number([run.accuracy for run in chosen])
+                cells = [NAMES[net], NAMES[optimizer], NAMES[loss], f"{chosen[0].lr:g}", accuracy]
+                rows.append([f"**{cell}**" for cell in cells] if optimizer == "dfw" else cells)
+    return markdown(["net", "optimizer", "loss", "lr", "test accuracy, %"], rows)
+
+
+def targets_table() -> str:
+    runs = load("main")
+    yardstick = max(best_of(runs, "float", optimizer) for optimizer in OPTIMIZERS)
+    dfw = {net: best_of(runs, net, "dfw") for net in NETS}
+    adam, sgd = best_of(runs, "xnor", "adam"), best_of(runs, "ternary", "sgd")
+    better = {net: max(best_of(runs, net, name) for name in ("adam", "sgd")) for net in NETS}
+    compared = [
+        ("XNOR: DFW above Adam", "+3.0 (poster: +3.0)", dfw["xnor"] - adam, 3.0),
+        ("ternary: DFW above SGD", "0.0 (poster: −1.6)", dfw["ternary"] - sgd, 0.0),
+        ("ternary: DFW above the best float row", "−0.6", dfw["ternary"] - yardstick, -0.6),
+        ("binary: DFW above the best float row", "−1.0", dfw["binary"] - yardstick, -1.0),
     ]
+    rows = [
+        [what, target, signed(value), "yes" if value >= least else "**no**"]
+        for what, target, value, least in compared
+    ]
+    for net in NETS:
+        what = f"{NAMES[net]}: DFW above the better of Adam and SGD"
+        rows.append([what, "", signed(dfw[net] - better[net]), ""])
+    return markdown(["points", "target", "measured", "met"], rows)
 
 
-def lrs(runs: Iterable[Run]) -> list[float]:
-    return sorted({run.lr for run in runs})
+# ---- One learning rate ----
+
+WITHIN = 2.0
 
 
-def plateau(points: dict[float, float], within: float = 2.0) -> tuple[float, float]:
-    """Where accuracy, by lr, is within so many points of the best: from lr to lr.
+def sweep() -> dict[tuple[str, str], dict[float, float]]:
+    """Accuracy by lr, for every net and optimizer."""
+    runs, points = load("sweep"), {}
+    for net in NETS:
+        for optimizer in OPTIMIZERS:
+            loss = "svm" if optimizer == "dfw" else "ce"
+            chosen = pick(runs, net=net, optimizer=optimizer, loss=loss, seed="0")
+            points[net, optimizer] = {run.lr: run.accuracy for run in sorted(chosen, key=by_lr)}
+    return points
 
-    Between two values of lr it is taken to be linear in log lr, and beyond the ends it is unknown.
+
+def by_lr(run: Run) -> float:
+    return run.lr
+
+
+def plateau(points: dict[float, float]) -> tuple[float, float]:
+    """The values of lr about the best one at which accuracy is within two points of it.
+
+    Between two values of lr that were tried, accuracy is taken to be linear in log lr.
     """
-    xs = sorted(points)
-    best = max(xs, key=lambda x: points[x])
-    level = points[best] - within
+    tried = sorted(points)
+    best = max(tried, key=points.__getitem__)
+    level, at = points[best] - WITHIN, tried.index(best)
 
     def reach(side: list[float]) -> float:
         near = best
@@ -201,15 +269,204 @@ def plateau(points: dict[float, float], within: float = 2.0) -> tuple[float, flo
             near = far
         return near
 
-    at = xs.index(best)
-    return reach(xs[:at][::-1]), reach(xs[at + 1 :])
+    return reach(tried[:at][::-1]), reach(tried[at + 1 :])
 
 
-def sweep() -> dict[tuple[str, str], dict[float, float]]:
-    """Accuracy by lr, of every net and optimizer."""
-    runs = load("sweep")
-    return {
-        (net, optimizer): {run.lr: run.accuracy for run in pick(runs, net=net, optimizer=optimizer)}
-        for net in NETS
-        for optimizer in OPTIMIZERS
-    }
+def decades(points: dict[float, float]) -> float:
+    low, high = plateau(points)
+    return math.log10(high / low)
+
+
+def sweep_table() -> str:
+    swept = sweep()
+    tried = sorted({lr for points in swept.values() for lr in points})
+    rows = []
+    for (net, optimizer), points in swept.items():
+        best = max(points.values())
+        cells = [f"{points[lr]:.1f}" if lr in points else "" for lr in tried]
+        cells = [f"**{cell}**" if cell == f"{best:.1f}" else cell for cell in cells]
+        rows.append([NAMES[net], NAMES[optimizer], *cells])
+    return markdown(["net", "optimizer", *(f"{lr:g}" for lr in tried)], rows)
+
+
+def plateau_table() -> str:
+    swept, rows = sweep(), []
+    for net in NETS:
+        widths = {optimizer: decades(swept[net, optimizer]) for optimizer in OPTIMIZERS}
+        gain = widths["dfw"] - max(widths["adam"], widths["sgd"])
+        cells = []
+        for optimizer in OPTIMIZERS:
+            low, high = plateau(swept[net, optimizer])
+            cells.append(f"{widths[optimizer]:.2f} ({low:.2g} to {high:.2g})")
+        met = "yes" if gain >= 1 else "**no**"
+        rows.append([NAMES[net], *cells, f"{gain:+.2f}".replace("-", "−"), met])
+    header = ["net", *(NAMES[name] for name in OPTIMIZERS), "DFW above the wider of the two"]
+    return markdown([*header, "a decade or more"], rows)
+
+
+def svm_table() -> str:
+    """The baselines' values of lr with the SVM loss."""
+    runs, rows = load("sweep"), []
+    for net in NETS:
+        for optimizer in ("adam", "sgd"):
+            chosen = sorted(pick(runs, net=net, optimizer=optimizer, loss="svm"), key=by_lr)
+            best = max((run.accuracy for run in chosen), default=math.nan)
+            cells = [
+                f"{run.lr:g}: {'**' * (run.accuracy == best)}{run.accuracy:.1f}"
+                f"{'**' * (run.accuracy == best)}"
+                for run in chosen
+            ]
+            rows.append([NAMES[net], NAMES[optimizer], ", ".join(cells)])
+    return markdown(["net", "optimizer", "accuracy at lr"], rows)
+
+
+# ---- Ablations ----
+
+VARIANTS: list[tuple[str, dict[str, str]]] = [
+    ("as it is", {}),
+    ("closed form, then clipped", {"step-size": "closed_form"}),
+    ("radius 0.5", {"radius": "0.5"}),
+    ("radius 2", {"radius": "2"}),
+    ("radius 10, next to no box", {"radius": "10"}),
+    ("momentum 0", {"momentum": "0"}),
+    ("momentum 0.5", {"momentum": "0.5"}),
+    ("momentum 0.95", {"momentum": "0.95"}),
+    ("SVM loss, not smoothed", {"no-smooth": "yes"}),
+    ("cross-entropy", {"loss": "ce"}),
+    ("schedule: steps", {"schedule": "step"}),
+    ("no schedule", {"schedule": "none"}),
+]
+CHANGEABLE = ("step-size", "radius", "momentum", "no-smooth", "loss", "schedule")
+
+
+def ablation_table() -> str:
+    runs = load("ablations")
+    nets = [net for net in NETS if pick(runs, net=net)]
+    rates = sorted({run["lr"] for run in runs}, key=float)
+    columns = [(net, lr) for net in nets for lr in rates if pick(runs, net=net, lr=lr)]
+    rows = []
+    for name, changed in VARIANTS:
+        options = dict.fromkeys(CHANGEABLE, "") | {"loss": "svm", "schedule": "cosine"} | changed
+        cells = [
+            number(accuracies(runs, net=net, lr=lr, average="", **options)) for net, lr in columns
+        ]
+        if any(cells):
+            rows.append([name, *cells])
+    return markdown(["", *(f"{NAMES[net]}, lr {lr}" for net, lr in columns)], rows)
+
+
+# ---- The open problem ----
+
+
+def open_table() -> str:
+    """XNOR with a schedule and without, of the network and of its average."""
+    runs, rows = load("open"), []
+    kinds = sorted({(run["epochs"], run["limit"], run.lr) for run in runs})
+    for epochs, limit, lr in kinds:
+        chosen = pick(runs, epochs=epochs, limit=limit, lr=f"{lr:g}")
+        images = "10,000" if limit else "50,000"
+        cells = [f"{images} images, {epochs} epochs", f"{lr:g}"]
+        plain = {schedule: pick(chosen, schedule=schedule) for schedule in ("cosine", "none")}
+        cells += [number([run.accuracy for run in plain[name]][:1]) for name in plain]
+        averaged = [(run["average"], run.average) for run in plain["none"] if run["average"]]
+        cells.append(", ".join(f"{accuracy:.1f} ({decay})" for decay, accuracy in averaged))
+        rows.append(cells)
+    header = ["budget", "lr", "cosine", "no schedule", "no schedule, average (decay)"]
+    return markdown(header, rows)
+
+
+# ---- Other networks and peers ----
+
+
+def long_table() -> str:
+    runs = sorted(load("long"), key=lambda run: (run["net"], run["optimizer"]))
+    rows = [
+        [
+            f"{NAMES[run['net']]}{', Bi-Real shortcuts' * (run['shortcut'] == 'bireal')}",
+            NAMES[run["optimizer"]],
+            f"{run.lr:g}",
+            run["epochs"],
+            f"{run.accuracy:.1f}",
+            f"{run.average:.1f}" if run["average"] else "",
+        ]
+        for run in runs
+    ]
+    return markdown(["net", "optimizer", "lr", "epochs", "test accuracy, %", "average, %"], rows)
+
+
+def peers_table() -> str:
+    """PARQ, and DFW with the same budget from the main table."""
+    parq, dfw, rows = load("parq"), pick(load("main"), optimizer="dfw"), []
+    for net in ("binary", "ternary"):
+        chosen = [*pick(dfw, net=net, seed="0"), *pick(parq, net=net)]
+        for run in sorted(chosen, key=lambda run: (run["optimizer"], run["schedule"])):
+            cells = [NAMES[net], NAMES[run["optimizer"]], run["schedule"], f"{run.lr:g}"]
+            rows.append([*cells, f"{run.accuracy:.1f}"])
+    return markdown(["net", "optimizer", "schedule", "lr", "test accuracy, %"], rows)
+
+
+def architectures_table() -> str:
+    runs, rows = load("architectures"), []
+    for arch in ("wrn16-2", "densenet28"):
+        for net in ("float", "ternary"):
+            for optimizer in OPTIMIZERS:
+                chosen = pick(runs, arch=arch, net=net, optimizer=optimizer)
+                if chosen:
+                    best = max(chosen, key=lambda run: run.accuracy)
+                    tried = ", ".join(f"{run.lr:g}" for run in sorted(chosen, key=by_lr))
+                    cells = [NAMES[arch], NAMES[net], NAMES[optimizer], tried]
+                    rows.append([*cells, f"{best.lr:g}", f"{best.accuracy:.1f}"])
+    return markdown(["network", "weights", "optimizer", "lr tried", "best", "accuracy, %"], rows)
+
+
+def chars_table() -> str:
+    runs, rows = load("chars"), []
+    for net in ("float", "ternary"):
+        for optimizer in ("dfw", "adamw", "sgd"):
+            for run in sorted(pick(runs, net=net, optimizer=optimizer), key=by_lr):
+                cells = [NAMES[net], NAMES[optimizer], run["lr"], run["attention-lr"]]
+                rows.append([*cells, run["seed"], f"{run.rows[-1]['val_loss']:.3f}"])
+    return markdown(["weights", "optimizer", "lr", "of Q and K", "seed", "validation loss"], rows)
+
+
+# ---- The page ----
+
+TABLES: dict[str, Callable[[], str]] = {
+    "main": main_table,
+    "targets": targets_table,
+    "sweep": sweep_table,
+    "plateau": plateau_table,
+    "svm": svm_table,
+    "ablations": ablation_table,
+    "open": open_table,
+    "long": long_table,
+    "parq": peers_table,
+    "architectures": architectures_table,
+    "chars": chars_table,
+}
+"""What stands between the marks on the page, by their names."""
+
+
+def fill(page: str) -> str:
+    """The page with all its tables as the runs have them."""
+
+    def filled(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[4]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n(.*?)\n?(<!-- end -->)", filled, page, flags=re.S)
+
+
+def main() -> None:
+    """Fill the page, or add runs."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--add", metavar="TABLE", help="add runs to docs/runs/TABLE.csv first")
+    parser.add_argument("folders", nargs="*", type=Path, help="that finished runs left behind")
+    given = parser.parse_args()
+    if given.add:
+        add(given.add, given.folders)
+    if PAGE.exists():
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -139,7 +139,7 @@ def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> T
     if group["quantizer"] == "binary":
         return binary.quantize(state["latent"], state["unit"], state["scale"]).to(p.dtype)
     if group["quantizer"] == "uniform":
-        return uniform.quantize(state["latent"], state["unit"], state["scale"], group["bits"]).to(
+        return uniform.quantize(state["latent"], state["unit"], state["largest"], group["bits"]).to(
             p.dtype
         )
     return ternary.quantize(

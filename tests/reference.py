@@ -239,16 +239,15 @@ class BinaryParameter:
         return result
 
     def moves(self, gradient: Array) -> list[Move]:
-        """δ_i = c(a·g_i + sign(u_i)·1/n Σ_j g_j sign(u_j)),  M = c² mean(a² + (2a + 1)/n)."""
+        """δ_i = c(a + 1/n) g_i,  M = c² mean((a + 1/n)(a + 1))."""
         c, u = self.unit, self.latent.value
         delta = np.empty_like(u)
-        for channel in range(u.shape[0]):
-            g, s = gradient[channel], sign(u[channel])
-            a = np.abs(u[channel]).mean()
-            delta[channel] = c * (a * g + s * (g * s).sum() / g.size)
         n = u[0].size
+        for channel in range(u.shape[0]):
+            a = np.abs(u[channel]).mean()
+            delta[channel] = c * (a + 1 / n) * gradient[channel]
         scales = [np.abs(u[channel]).mean() for channel in range(u.shape[0])]
-        metric = c * c * float(np.mean([a * a + (2 * a + 1) / n for a in scales]))
+        metric = c * c * float(np.mean([(a + 1 / n) * (a + 1) for a in scales]))
         return [Move(self.latent, delta / metric, metric, self.settings)]
 
 

@@ -320,6 +320,7 @@ class TestFormula:
 
         class Quarters:
             variables = {"latent": None}  # noqa: RUF012
+            derived = ()
             options = ()
 
             def start(self, weight: Tensor, group: Any) -> dict[str, Tensor]:

@@ -18,7 +18,17 @@ NEED_FRAMEWORKS = {"frameworks.md"}
 
 FENCE = re.compile(r"^ *(?P<ticks>`{3,}|:{3,})(?P<info>[^`\n]*)$", re.MULTILINE)
 # Languages and directives whose content nobody would try to run.
-NOT_RUN = {"bash", "text", "{eval-rst}", "{include}", "{math}", "{note}", "{toctree}", "{warning}"}
+NOT_RUN = {
+    "bash",
+    "bibtex",
+    "text",
+    "{eval-rst}",
+    "{include}",
+    "{math}",
+    "{note}",
+    "{toctree}",
+    "{warning}",
+}
 
 
 class Block(NamedTuple):

@@ -85,32 +85,55 @@ class TernaryStraightThrough(torch.autograd.Function):
         return grads[0] * slope, None, None, None
 
 
+def binary_jacobian(latent: Tensor, unit: Tensor) -> Tensor:
+    """The derivative of Q = c · mean|u| · sign(u), through the mean and through the sign."""
+
+    def weights(u: Tensor) -> Tensor:
+        mean = u.abs().mean(dim=tuple(range(1, u.dim())), keepdim=True)
+        weights: Tensor = unit * mean * SignStraightThrough.apply(u)
+        return weights
+
+    jacobian = torch.autograd.functional.jacobian(weights, latent)
+    return jacobian.reshape(latent.numel(), latent.numel())
+
+
 shapes = st.sampled_from([(1, 1), (1, 5), (4, 1), (3, 4), (2, 3, 3), (4, 2, 3, 3)])
 
 
 class TestBinary:
     @given(shapes, st.integers(0, 10**6))
-    def test_pull_back_equals_autograd(self, shape: tuple[int, ...], seed: int) -> None:
-        """Q = c · mean|u| · sign(u), differentiated through the mean and through the sign."""
+    def test_pull_back_is_what_a_latent_does_to_its_own_weight(
+        self, shape: tuple[int, ...], seed: int
+    ) -> None:
+        """The diagonal of the derivative of Q, through the mean and through the sign."""
         latent, gradient = draw(shape, seed)
-        u = latent.clone().requires_grad_()
-        mean = u.abs().mean(dim=tuple(range(1, u.dim())), keepdim=True)
-        (UNIT * mean * SignStraightThrough.apply(u) * gradient).sum().backward()
-        assert u.grad is not None
         d, metric = gradient_and_metric(pull_back_binary(gradient, latent, UNIT))
-        torch.testing.assert_close(metric * d, u.grad, rtol=1e-12, atol=1e-14)
+        own = binary_jacobian(latent, UNIT).diagonal().reshape(shape)
+        torch.testing.assert_close(metric * d, own * gradient, rtol=1e-12, atol=1e-14)
 
-    def test_scale_part_by_finite_differences(self) -> None:
-        """Along u itself no sign changes, so Q is differentiable and needs no surrogate there."""
-        latent, gradient = draw((3, 4), 3)
-        d, metric = gradient_and_metric(pull_back_binary(gradient, latent, UNIT))
-        # Q(u + hs) with s = sign(u) raises every |u| by h: only the mean of its channel moves.
-        h, s = 1e-6, latent.sign()
-        ends = [(quantize_binary(latent + side * h * s, UNIT) * gradient).sum() for side in (1, -1)]
-        expected = (ends[0] - ends[1]) / (2 * h)
-        mean = latent.abs().mean(dim=1, keepdim=True)
-        straight_through = UNIT * mean * gradient
-        torch.testing.assert_close(((metric * d - straight_through) * s).sum(), expected)
+    @given(st.sampled_from([(1, 1), (1, 5), (1, 3, 3), (1, 200)]), st.integers(0, 10**6))
+    def test_no_weights_move_farther_than_those_of_sgd(
+        self, shape: tuple[int, ...], seed: int
+    ) -> None:
+        """The longest change that a gradient of length 1 can make; with one channel it is 1."""
+        latent, _ = draw(shape, seed)
+        n = latent.numel()
+        steps = torch.stack(
+            [
+                pull_back_binary(unit.reshape(shape), latent, UNIT).gradient.flatten()
+                for unit in torch.eye(n, dtype=torch.float64)
+            ],
+            dim=1,
+        )
+        changes = binary_jacobian(latent, UNIT) @ steps
+        assert float(torch.linalg.matrix_norm(changes, 2)) == pytest.approx(1)
+        signs = torch.where(latent >= 0, 1.0, -1.0).to(latent).flatten()
+        torch.testing.assert_close(changes @ signs, signs)  # that of the scale
+        if n > 1:  # any other, across it, is shorter: the signs' share
+            a = latent.abs().mean()
+            across = torch.linalg.qr(signs[:, None], mode="complete").Q[:, 1]
+            length = float((changes @ across).norm())
+            assert length == pytest.approx(float(a / (a + 1)))
 
     def test_values(self) -> None:
         latent = torch.tensor([[0.5, -0.25, 0.75, -0.5], [0.1, 0.1, -0.1, 0.3]])
@@ -137,31 +160,27 @@ class TestBinary:
         d, metric = gradient_and_metric(
             pull_back_binary(gradient, latent, torch.tensor(1.0, dtype=torch.float64))
         )
-        mean = (1 + 2 + 3 - 4) / 4
-        expected = 0.25 * gradient + mean * torch.tensor([[1.0, 1.0, 1.0, -1.0]])
-        torch.testing.assert_close(metric * d, expected)
+        torch.testing.assert_close(metric * d, (0.25 + 1 / 4) * gradient)
 
     def test_zero_channel(self) -> None:
-        """A channel of zeros is zero, and gets the gradient of its scale: it can come back."""
+        """A channel of zeros is zero, and gets a gradient through its scale: it can come back."""
         latent = torch.tensor([[0.0, -0.0], [0.5, -1.0]])
         values = quantize_binary(latent, torch.tensor(1.0))
         assert torch.equal(values[0], torch.zeros(2))
         d, M = gradient_and_metric(pull_back_binary(torch.ones(2, 2), latent, torch.tensor(1.0)))
-        assert torch.equal(d[0], torch.full((2,), 1 / M.item()))
+        torch.testing.assert_close(d[0], torch.full((2,), 0.5 / M.item()))
 
     @pytest.mark.parametrize("unit", [0.01, 0.37, 1.0, 5.0])
     def test_metric(self, unit: float) -> None:
-        """M is the squared change of all weights per unit of a latent: by autograd, in the mean."""
+        """M is the mean over the channels, and a step of the weights has no unit."""
         latent, gradient = draw((3, 4), 1)
-        d, metric = gradient_and_metric(
-            pull_back_binary(gradient, latent, torch.tensor(unit, dtype=torch.float64))
-        )
         c = torch.tensor(unit, dtype=torch.float64)
-        jacobian = torch.autograd.functional.jacobian(
-            lambda u: c * u.abs().mean(1, keepdim=True) * SignStraightThrough.apply(u), latent
-        )
-        changes = jacobian.square().sum(dim=(0, 1))
-        assert float(metric) == pytest.approx(float(changes.mean()))
+        d, metric = gradient_and_metric(pull_back_binary(gradient, latent, c))
+        each = [
+            gradient_and_metric(pull_back_binary(gradient[i : i + 1], latent[i : i + 1], c))[1]
+            for i in range(3)
+        ]
+        torch.testing.assert_close(metric, torch.stack(each).mean())
         plain, _ = pull_back_binary(gradient, latent, torch.tensor(1.0, dtype=torch.float64))
         torch.testing.assert_close(d, plain / unit)
 

@@ -165,3 +165,22 @@ def test_interpolation_stops_by_itself() -> None:
     assert float(loss.detach()) < 1e-6
     assert optimizer.gamma is not None
     assert 0.0 < float(optimizer.gamma) < 1.0
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+@pytest.mark.parametrize("factor", [0.5, 1.2, 3.0])
+def test_binary_scales_settle_where_no_norm_follows(factor: float, width: int) -> None:
+    """A loss as harmless as half the squared distance, of which only the scales are off.
+
+    A floor under the loss keeps γ near 1, so that nothing but `lr` bounds the steps.
+    """
+    torch.manual_seed(0)
+    p = Parameter(torch.randn(8, width) / width**0.5)
+    optimizer = ProjectedDFW([p])
+    target = factor * p.detach()
+    for _ in range(80):
+        p.grad = p.detach() - target
+        loss = p.grad.square().sum() / 2
+        optimizer.step(loss=loss + 10)
+    assert float(loss) < 1e-2 * float(target.square().sum() / 2)
+    assert float(((p >= 0) != (target >= 0)).float().mean()) < 0.01

@@ -385,6 +385,32 @@ class TestErrors:
             ProjectedDFW([{"params": params[:1]}, {"params": params[1:], "bits": bits}])
         assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
 
+    @pytest.mark.parametrize("bits", [1, 9, 0, 4.0, 10**400])
+    def test_bits_that_turn_bad_during_training(self, bits: Any) -> None:
+        """They are refused before a closure runs or anything moves."""
+        model, optimizer = trained(3)
+        before = clone_params(list(model.parameters()))
+        quantized = optimizer.param_groups[0]["params"]
+        latents = [optimizer.state[p]["latent"].clone() for p in quantized]
+        optimizer.param_groups[0]["bits"] = bits
+        with pytest.raises(ValueError, match="a whole number from 2 to 8"):
+            optimizer.step(lambda: pytest.fail("the closure ran"))
+        assert all(same_bits(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        for p, latent in zip(quantized, latents, strict=True):
+            assert same_bits(optimizer.state[p]["latent"], latent)
+
+    @pytest.mark.parametrize(("before", "after"), [("uniform", "binary"), ("binary", "uniform")])
+    def test_another_quantizer_during_training(self, before: str, after: str) -> None:
+        """Both keep a latent and one number a channel, but not the same number."""
+        (p,) = make_params(((3, 4),))
+        optimizer = ProjectedDFW([p], quantizer=before)
+        train(optimizer, [p], 2)
+        kept = p.detach().clone()
+        optimizer.param_groups[0]["quantizer"] = after
+        with pytest.raises(ValueError, match=f"quantizer='{after}': the quantizer of a group"):
+            train(optimizer, [p], 1)
+        assert same_bits(p, kept)
+
     @pytest.mark.parametrize("optimizer", [DFW, TernaryDFW])
     def test_other_optimizers(self, optimizer: Any) -> None:
         (p,) = make_params(((3, 4),))

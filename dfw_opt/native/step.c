@@ -6,7 +6,7 @@
 
        e = m d,   M = m^2,   so that  <d, x>_M = m sum e x  and  ||d||_M^2 = sum e^2,
 
-   where m is the unit c times k, a mean over the tensor; 1 for a float parameter.
+   where m is the unit c times k, from a mean over the tensor; 1 for a float parameter.
 
    Work is cut into pieces of about PIECE elements, whatever the number of threads, and every piece has
    its own place for its sums, so that the result does not depend on who does what. Sums are made
@@ -32,7 +32,6 @@ typedef struct {
     float *delta;    /* ternary: the threshold */
     float *scale[2]; /* ternary: W_p, W_n */
     float *momentum, *scale_momentum[2];
-    float *agreement; /* binary: room for mean g sign(u) of each row, which sums leave behind */
     double sum[2], count[2]; /* ternary: of the gradients in the two zones, and their numbers */
     double level;            /* k */
 } Tensor;
@@ -43,8 +42,8 @@ typedef struct {
 
 /* What the pull-back of one row, or one tensor, needs. */
 typedef struct {
-    /* binary: mean |u| and mean g sign(u), over k */
-    float mean, through_scale;
+    /* binary: a + 1/n, over k */
+    float own;
     /* ternary: the threshold; W_p, 1 and W_n, over k */
     float delta, positive, zero, negative;
 } Row;
@@ -57,7 +56,7 @@ INLINE float smaller(float x, float y) { return x < y ? x : y; }
 INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
 INLINE float pull_back(int kind, Row row, float g, float v) {
-    if (kind == BINARY) return row.mean * g + (v >= 0 ? row.through_scale : -row.through_scale);
+    if (kind == BINARY) return row.own * g;
     if (kind == TERNARY) {
         float factor = v > row.delta ? row.positive : row.zero;
         return (v < -row.delta ? row.negative : factor) * g;
@@ -161,17 +160,6 @@ INLINE void span_move(int kind, int keeps, Row row, float m, float lower, float 
     }
 }
 
-/* sum g sign(u) */
-INLINE double agreement(const float *g, const float *u, int64_t n) {
-    double sum = 0;
-    FOR_CHUNKS(n) {
-        float lanes[LANES] = {0};
-        IN_LANES({ lanes[k] += u[i] >= 0 ? g[i] : -g[i]; })
-        sum += total(lanes);
-    }
-    return sum;
-}
-
 /* Sums of g, and numbers of weights, in the zones above delta and below -delta. */
 INLINE void span_zones(Row row, const float *g, const float *u, int64_t n, double *out) {
     FOR_CHUNKS(n) {
@@ -226,10 +214,7 @@ static int64_t piece_count(int kind, const Tensor *tensors, int64_t count) {
 
 INLINE Row row_of(int kind, const Tensor *t, int64_t i, int64_t width) {
     Row row = {0};
-    if (kind == BINARY) {
-        row.mean = t->mean[i / width] / t->level;
-        row.through_scale = t->agreement[i / width] / t->level;
-    }
+    if (kind == BINARY) row.own = (t->mean[i / width] + 1.0 / t->columns) / t->level;
     if (kind == TERNARY) {
         row.delta = *t->delta;
         row.positive = *t->scale[0] / t->level;
@@ -241,13 +226,13 @@ INLINE Row row_of(int kind, const Tensor *t, int64_t i, int64_t width) {
 
 INLINE float measure_of(const Tensor *t) { return t->unit ? *t->unit * t->level : 1.0f; }
 
-/* k, by which a unit step of a latent moves the weights, in units of c. */
+/* k, the length of a unit step of a latent in the metric, in units of c. */
 static double level_of(int kind, const Tensor *t) {
     double squares = 0;
     if (kind != BINARY) return 1; /* for ternary tensors, until dfw_scales_sums knows the zones */
     for (int64_t i = 0; i < t->rows; i++) {
         double a = t->mean[i];
-        squares += (a * a + (2 * a + 1) / t->columns) / t->rows;
+        squares += (a + 1.0 / t->columns) * (a + 1) / t->rows;
     }
     return sqrt(squares);
 }
@@ -266,8 +251,6 @@ INLINE void sums(int kind, Tensor *tensors, int64_t count, const Settings *s, in
         double *o = out + OUTPUTS * piece;
         for (int k = 0; k < OUTPUTS; k++) o[k] = 0;
         FOR_ROWS(kind) {
-            if (kind == BINARY)
-                t->agreement[i / width] = agreement(t->gradient + i, t->value + i, width) / width;
             Row row = row_of(kind, t, i, width);
             const float *g = t->gradient + i, *v = t->value + i;
             /* A float parameter without bounds or decay need not be read. */
@@ -331,8 +314,7 @@ void dfw_layout(int64_t *out) {
     int64_t layout[] = {sizeof(Tensor),           sizeof(Settings),
                         offsetof(Tensor, unit),   offsetof(Tensor, scale),
                         offsetof(Tensor, momentum), offsetof(Tensor, scale_momentum),
-                        offsetof(Tensor, agreement), offsetof(Tensor, sum),
-                        offsetof(Tensor, level)};
+                        offsetof(Tensor, sum),    offsetof(Tensor, level)};
     for (size_t k = 0; k < sizeof layout / sizeof *layout; k++) out[k] = layout[k];
 }
 

@@ -23,7 +23,8 @@ class Pulled(NamedTuple):
     gradient: Tensor
     r""":math:`d = M^{-1}\delta`, the shape of the variable."""
     metric: Tensor | None
-    """:math:`M`, 0-dim: the squared change in the weights per unit step, summed. ``None`` is 1."""
+    """:math:`M`, 0-dim: the squared change of the weights per unit step of one variable; one number
+    for a whole tensor of them. ``None`` is 1."""
 
 
 class Option(NamedTuple):
@@ -46,11 +47,16 @@ class Quantizer(Protocol):
 
     ``variables`` maps the state keys that are trained to their bounds; ``None`` stands for the box
     of the group's ``radius``. Only variables under ``radius`` are subject to weight decay.
+    ``derived`` are the state keys that follow from them; with the variables' they tell the state of
+    one quantizer from that of another.
     ``options`` are the group keys that only this quantizer reads; optimizers check them.
     """
 
     @property
     def variables(self) -> Mapping[str, tuple[float, float] | None]: ...
+
+    @property
+    def derived(self) -> tuple[str, ...]: ...
 
     @property
     def options(self) -> tuple[Option, ...]: ...
@@ -79,7 +85,7 @@ def normalised_latent(weight: Tensor, radius: float | None) -> tuple[Tensor, Ten
     r"""``weight`` as :math:`c\,u` with :math:`c = \max|w|`, so that :math:`u \in [-1, 1]`.
 
     A tensor of zeros, or next to it, has no scale of its own: :math:`c = 1` where
-    :math:`\max|w| < 10^{-12}`, whose square float32 could not hold much longer. A
+    :math:`\max|w| < 10^{-12}`, since the metric's :math:`c^2` would soon underflow in float32. A
     ``radius`` below 1 clips :math:`u`.
 
     Returns:

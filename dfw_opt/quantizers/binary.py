@@ -5,23 +5,35 @@ r"""Binary weights with one scale per output channel, as in XNOR-Net.
     Q(u) = c\,a\,\operatorname{sign}(u), \qquad a = \text{mean}\,|u| \text{ per output channel},
     \qquad \operatorname{sign}(0) = +1 .
 
-The channel is the first dimension of the weight. The scale :math:`a` is not trained: it follows the
-latent, and the pull-back runs through it. With :math:`g` the gradient at :math:`Q(u)` and the
-straight-through estimate :math:`\partial \operatorname{sign}(u_i)/\partial u_i = 1`,
+The channel is the first dimension of the weight, and has :math:`n` weights. The scale :math:`a` is
+not trained: it follows the latent. With :math:`g` the gradient at :math:`Q(u)`, the
+straight-through estimate :math:`\partial \operatorname{sign}(u_i)/\partial u_i = 1`, and the mean
+over the channels,
 
 .. math::
 
-    \delta_i = c\,\Bigl(a\,g_i + \operatorname{sign}(u_i)\,\tfrac1n
-        \textstyle\sum_j g_j \operatorname{sign}(u_j)\Bigr), \qquad
-    M = c^2\,\text{mean}\Bigl(a^2 + \tfrac{2a + 1}{n}\Bigr),
+    \delta_i = c\,\bigl(a + \tfrac1n\bigr)\,g_i, \qquad
+    M = c^2\,\text{mean}\Bigl(\bigl(a + \tfrac1n\bigr)(a + 1)\Bigr).
 
-the sum over the :math:`n` weights of the channel, the mean over the channels. A unit step of
-:math:`u_i` moves its own weight by :math:`c\,(a + \tfrac1n)` and the others by
-:math:`\tfrac cn`: summed squares of these are :math:`M`. The usual factor
-:math:`\mathbb 1[|u_i| \le R]` is always 1, because the optimizer keeps latents in the box.
+**The pull-back** is that of the paper: what a latent does to its own weight, through the sign and
+through the scale. Left out is what it does through the scale to the others of its channel,
+:math:`\operatorname{sign}(u_i)\,\tfrac cn \sum_{j \ne i} g_j\operatorname{sign}(u_j)`. Where a norm
+follows the layer, the scale makes no difference to the loss, and that is :math:`-\tfrac cn g_i`.
+Elsewhere it is the same number for all latents of one sign: together they would push the scale far
+beyond where it should be.
 
-Source: Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279), Section 3.1; the gradient there,
-:math:`g_i(1/n + \alpha\mathbb 1)`, drops the sum over the channel, which the chain rule keeps.
+**The metric** is the one with which no weights move farther than SGD would move them. Let
+:math:`s = \operatorname{sign}(u)`, of one channel. A step :math:`-M^{-1}\delta` changes the part of
+the weights across :math:`s`, where signs would flip, by :math:`-g` times
+:math:`c^2(a + \tfrac1n)\,a/M`, and the part along :math:`s`, which the scale moves as well, by
+:math:`-g` times :math:`c^2(a + \tfrac1n)(a + 1)/M`: which is :math:`-g`. A metric of the first part
+alone, :math:`c^2a^2`, makes the second :math:`(a + 1)/a` times too long, and networks without norms
+unstable.
+
+The usual factor :math:`\mathbb 1[|u_i| \le R]` is always 1, because the optimizer keeps latents in
+the box.
+
+Source: Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279), Section 3.1; the metric is ours.
 """
 
 import math
@@ -32,7 +44,6 @@ from torch import Tensor
 
 from dfw_opt.quantizers.base import Group, Option, Pulled, Quantizer, State, normalised_latent
 from dfw_opt.sharding import settled
-from dfw_opt.sign import sign
 
 __all__ = ["BINARY", "mean_magnitude", "pull_back", "quantize"]
 
@@ -63,13 +74,10 @@ def pull_back(grad: Tensor, latent: Tensor, unit: Tensor, scale: Tensor) -> Pull
         unit: :math:`c`, 0-dim.
         scale: :math:`a`, of :func:`mean_magnitude`.
     """
-    g = grad.to(latent.dtype)
-    signs = sign(latent)
-    through_scale = signs * _channel_mean(g * signs)
     n = max(1, math.prod(latent.shape[1:]))
-    change = scale.square() + (2 * scale + 1) / n
-    mean_change = settled(change.sum()) / max(1, scale.numel())
-    return Pulled((scale * g + through_scale) / (unit * mean_change), unit.square() * mean_change)
+    own = scale + 1 / n
+    squares = settled((own * (scale + 1)).sum()) / max(1, scale.numel())
+    return Pulled(own * grad.to(latent.dtype) / (unit * squares), unit.square() * squares)
 
 
 def _channel_mean(x: Tensor) -> Tensor:
@@ -80,6 +88,7 @@ def _channel_mean(x: Tensor) -> Tensor:
 
 class _Binary:
     variables: Mapping[str, tuple[float, float] | None] = {"latent": None}
+    derived = ("scale",)
     options: tuple[Option, ...] = ()
 
     def start(self, weight: Tensor, group: Group) -> State:

@@ -111,6 +111,7 @@ class _Ternary:
         "scale_pos": (SCALE_MIN, math.inf),
         "scale_neg": (SCALE_MIN, math.inf),
     }
+    derived = ("delta",)
     options: tuple[Option, ...] = (
         Option("threshold", lambda x: 0 <= x < 1, "in [0, 1)", "TernaryDFW"),
     )

@@ -1,4 +1,4 @@
-r"""Weights of a few bits on a uniform grid, with one step per output channel.
+r"""Weights of a few bits on a uniform grid, with one spacing per output channel.
 
 .. math::
 
@@ -46,20 +46,20 @@ def largest_of_channel(latent: Tensor) -> Tensor:
     return largest_of_rows(latent)
 
 
-def quantize(latent: Tensor, unit: Tensor, scale: Tensor, bits: int) -> Tensor:
+def quantize(latent: Tensor, unit: Tensor, largest: Tensor, bits: int) -> Tensor:
     r""":math:`Q(u)` of the module's formula.
 
     Args:
         latent: :math:`u`, shape ``(channels, ...)``, at least 2-D.
         unit: :math:`c`, 0-dim.
-        scale: :math:`a`, of :func:`largest_of_channel`.
+        largest: :math:`a`, of :func:`largest_of_channel`.
         bits: 2 to 8.
     """
     q = levels_beyond_zero(bits)
     # A channel of zeros has no grid of its own.
-    steps = (latent / torch.where(scale > 0, scale, 1.0) * q).round()
+    steps = (latent / torch.where(largest > 0, largest, 1.0) * q).round()
     # k/q first: the last level is then c·a itself, and the others follow from it.
-    return torch.where(steps == 0, 0.0, unit * scale * (steps / q))
+    return torch.where(steps == 0, 0.0, unit * largest * (steps / q))
 
 
 def pull_back(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
@@ -75,6 +75,7 @@ def pull_back(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
 
 class _Uniform:
     variables: Mapping[str, tuple[float, float] | None] = {"latent": None}
+    derived = ("largest",)
     options: tuple[Option, ...] = (
         Option(
             "bits",
@@ -86,13 +87,13 @@ class _Uniform:
 
     def start(self, weight: Tensor, group: Group) -> State:
         latent, unit = normalised_latent(weight, group["radius"])
-        return {"latent": latent, "unit": unit, "scale": largest_of_channel(latent)}
+        return {"latent": latent, "unit": unit, "largest": largest_of_channel(latent)}
 
     def derive(self, state: State, group: Group) -> State:
-        return {"scale": largest_of_channel(state["latent"])}
+        return {"largest": largest_of_channel(state["latent"])}
 
     def quantize(self, state: State, group: Group) -> Tensor:
-        return quantize(state["latent"], state["unit"], state["scale"], group["bits"])
+        return quantize(state["latent"], state["unit"], state["largest"], group["bits"])
 
     def pull_back(self, grad: Tensor, state: State, group: Group) -> dict[str, Pulled]:
         return {"latent": pull_back(grad, state["latent"], state["unit"])}
