@@ -1,4 +1,4 @@
-"""Fill the tables of results.md from the runs they rest on: python docs/results.py
+"""Fill the tables of results.md and the README from their runs: python docs/results.py
 
 The runs are in docs/runs, a CSV for each table: every epoch of every run, and the arguments that
 the run was started with. A finished run is added from the folder that it left behind:
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
-PAGE = DOCS / "results.md"
+PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
 RUNS = DOCS / "runs"
 
 NETS = ("float", "binary", "ternary", "xnor")
@@ -207,6 +207,17 @@ def main_table() -> str:
                 cells = [NAMES[net], NAMES[optimizer], NAMES[loss], f"{chosen[0].lr:g}", accuracy]
                 rows.append([f"**{cell}**" for cell in cells] if optimizer == "dfw" else cells)
     return markdown(["net", "optimizer", "loss", "lr", "test accuracy, %"], rows)
+
+
+def readme_table() -> str:
+    """The best of both losses, for a first look."""
+    runs, rows = load("main"), []
+    for net in NETS:
+        values = {optimizer: best_of(runs, net, optimizer) for optimizer in OPTIMIZERS}
+        most = f"{max(values.values()):.1f}"
+        cells = [f"{value:.1f}" for value in values.values()]
+        rows.append([NAMES[net], *(f"**{cell}**" if cell == most else cell for cell in cells)])
+    return markdown(["net", *(NAMES[optimizer] for optimizer in OPTIMIZERS)], rows)
 
 
 def targets_table() -> str:
@@ -432,6 +443,7 @@ def chars_table() -> str:
 # ---- The page ----
 
 TABLES: dict[str, Callable[[], str]] = {
+    "readme": readme_table,
     "main": main_table,
     "targets": targets_table,
     "sweep": sweep_table,
@@ -457,15 +469,15 @@ def fill(page: str) -> str:
 
 
 def main() -> None:
-    """Fill the page, or add runs."""
+    """Fill the pages, or add runs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--add", metavar="TABLE", help="add runs to docs/runs/TABLE.csv first")
     parser.add_argument("folders", nargs="*", type=Path, help="that finished runs left behind")
     given = parser.parse_args()
     if given.add:
         add(given.add, given.folders)
-    if PAGE.exists():
-        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
