@@ -24,7 +24,7 @@ class LayerSize:
     shape: tuple[int, ...]
     """Of the largest tensor, which stands for the layer."""
     encoding: str
-    """That of the same tensor, "raw", "binary" or "ternary"."""
+    """That of the same tensor: "raw", "binary", "ternary", or "uniform2" to "uniform8"."""
     bits: float
     """Per element of that tensor, without scales."""
     bytes: int
@@ -47,9 +47,9 @@ class Summary:
     file_bytes: int
     """Of the file that :func:`~dfw_opt.save_packed` writes."""
     quantized_weights: int
-    """Elements of the binary and ternary tensors."""
+    """Elements of the tensors that are not raw."""
     quantized_bytes: int
-    """Of the binary and ternary tensors, packed, scales included."""
+    """Of the same tensors, packed, scales included."""
 
     @property
     def ratio(self) -> float:

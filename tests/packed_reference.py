@@ -168,12 +168,66 @@ def encode_ternary(dtype: str, shape: Sequence[int], content: bytes) -> bytes | 
     return join(scales, size) + pack(digits, 3, 5)
 
 
+# What may be uniform: how struct calls it, and its smallest normal number.
+UNIFORM = {"float32": ("<f", 2.0**-126), "float64": ("<d", 2.0**-1022)}
+WIDTHS = {f"uniform{bits}": bits for bits in range(2, 9)}
+
+
+def level(dtype: str, largest: int, step: int, q: int) -> int:
+    """The word of m · (k/q), rounded twice; exact doubles round to float32 as they should."""
+    form = UNIFORM[dtype][0]
+
+    def rounded(x: float) -> float:
+        return float(struct.unpack(form, struct.pack(form, x))[0])
+
+    (m,) = struct.unpack(form, largest.to_bytes(ITEM_SIZES[dtype], "little"))
+    value = m * rounded(step / q) if step else 0.0
+    return int.from_bytes(struct.pack(form, value), "little")
+
+
+def allowed(dtype: str, largest: int, q: int) -> bool:
+    form, tiny = UNIFORM[dtype]
+    (m,) = struct.unpack(form, largest.to_bytes(ITEM_SIZES[dtype], "little"))
+    return largest == 0 or (m >= tiny * (q + 1) and largest < INFINITY[dtype])
+
+
+def pack_bits(numbers: Sequence[int], bits: int) -> bytes:
+    stream = sum(number << (bits * place) for place, number in enumerate(numbers))
+    return stream.to_bytes(-(-len(numbers) * bits // 8), "little")
+
+
+def encode_uniform(dtype: str, shape: Sequence[int], content: bytes, bits: int) -> bytes | None:
+    if dtype not in UNIFORM:
+        return None
+    size, q = ITEM_SIZES[dtype], 2 ** (bits - 1) - 1
+    words = split(content, size)
+    length = len(words) // shape[0]
+    scales, numbers = [], []
+    for row in range(shape[0]):
+        own = words[row * length : (row + 1) * length]
+        largest = max(word & ~(1 << (8 * size - 1)) for word in own)
+        if not allowed(dtype, largest, q):
+            return None
+        number = {level(dtype, largest, step, q): step + q for step in range(-q, q + 1)}
+        if largest == 0:
+            number = {0: q}
+        if any(word not in number for word in own):
+            return None
+        scales.append(largest)
+        numbers += [number[word] for word in own]
+    return join(scales, size) + pack_bits(numbers, bits)
+
+
 def encode(dtype: str, shape: Sequence[int], content: bytes) -> tuple[str, bytes]:
     """The encoding with the fewest bytes and its payload; the first of those that are equal."""
     candidates = [("raw", content)]
     if quantizable(dtype, shape):
         for name, function in (("binary", encode_binary), ("ternary", encode_ternary)):
             payload = function(dtype, shape, content)
+            if payload is not None:
+                candidates.append((name, payload))
+        for name, bits in WIDTHS.items():
+            payload = encode_uniform(dtype, shape, content, bits)
             if payload is not None:
                 candidates.append((name, payload))
     return min(candidates, key=lambda candidate: len(candidate[1]))
@@ -186,6 +240,8 @@ def payload_of(entry: Entry) -> bytes:
         payload = encode_binary(entry.dtype, entry.shape, entry.content)
     elif entry.encoding == "ternary":
         payload = encode_ternary(entry.dtype, entry.shape, entry.content)
+    elif entry.encoding in WIDTHS:
+        payload = encode_uniform(entry.dtype, entry.shape, entry.content, WIDTHS[entry.encoding])
     else:
         payload = entry.content
     assert payload is not None, f"{entry.name} is not {entry.encoding}"
@@ -200,6 +256,8 @@ def payload_size(dtype: str, shape: Sequence[int], encoding: str | int) -> int:
         return shape[0] * size + -(-number // 8)
     if encoding == "ternary":
         return 2 * size + -(-number // 5)
+    if encoding in WIDTHS:
+        return shape[0] * size + -(-number * WIDTHS[encoding] // 8)
     return number * size
 
 
@@ -215,6 +273,18 @@ def decode(dtype: str, shape: Sequence[int], encoding: str, payload: bytes) -> b
         signs = unpack(payload[shape[0] * size :], 2, 8, number)
         length = number // shape[0]
         words = [scales[i // length] ^ (sign if digit else 0) for i, digit in enumerate(signs)]
+        return join(words, size)
+    if encoding in WIDTHS:
+        bits, q = WIDTHS[encoding], 2 ** (WIDTHS[encoding] - 1) - 1
+        scales = split(payload[: shape[0] * size], size)
+        stream = int.from_bytes(payload[shape[0] * size :], "little")
+        numbers = [stream >> (bits * place) & (2**bits - 1) for place in range(number)]
+        if stream >> (bits * number) or any(one > 2 * q for one in numbers):
+            raise Invalid("number")
+        if not all(allowed(dtype, largest, q) for largest in scales):
+            raise Invalid("scale")
+        length = number // shape[0]
+        words = [level(dtype, scales[i // length], one - q, q) for i, one in enumerate(numbers)]
         return join(words, size)
     positive, negative = split(payload[: 2 * size], size)
     values = (0, positive, negative ^ sign)
@@ -307,6 +377,9 @@ def read_header(stored: bytes) -> list[tuple[str, str, tuple[int, ...], str | in
                 raise Invalid("tie")
         elif encoding in ("binary", "ternary"):
             if not quantizable(dtype, shape):
+                raise Invalid("encoding")
+        elif encoding in WIDTHS:
+            if not (quantizable(dtype, shape) and dtype in UNIFORM):
                 raise Invalid("encoding")
         elif encoding != "raw":
             raise Invalid("encoding")

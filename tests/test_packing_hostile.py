@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import pickle
 import random
 import struct
@@ -30,6 +31,15 @@ from dfw_opt import PackedFileError, load_packed, save_packed
 Bytes = Callable[[random.Random, bytes], bytes]
 
 
+def grid(bits: int, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights of a few bits, with another scale in each row."""
+    q = 2 ** (bits - 1) - 1
+    steps = draw(range(-q, q + 1), shape, dtype)
+    steps[:, 0] = q
+    levels = torch.arange(1, shape[0] + 1, dtype=dtype)[:, None] / 7 * (steps / torch.tensor(q))
+    return torch.where(steps == 0, 0.0, levels)
+
+
 def make(tied: bool) -> Holder:
     """Some of everything, in few bytes."""
     normal = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
@@ -39,6 +49,8 @@ def make(tied: bool) -> Holder:
         narrow=binary((2, 9), torch.float16),
         brain=draw((1, 0, -3, 0), (3, 7), torch.bfloat16),
         wide=binary((2, 11), torch.float64),
+        grid=grid(3, (2, 9)),
+        fine=grid(5, (3, 5), torch.float64),
         free=nn.Parameter(normal),
         mask=torch.tensor([True, False, True, True, False]),
         steps=torch.tensor(3),
@@ -54,7 +66,9 @@ def make(tied: bool) -> Holder:
 ENTRIES = reference.entries_of(make(tied=True))
 PAYLOAD = b"".join(reference.payload_of(entry) for entry in ENTRIES)
 LISTED = [entry.listed() for entry in ENTRIES]
-assert {entry.encoding for entry in ENTRIES} == {"raw", "binary", "ternary", 0, 2}
+assert {entry.encoding for entry in ENTRIES} == {
+    *("raw", "binary", "ternary", "uniform3", "uniform5", 0, 2)
+}
 
 
 def entry(name: str) -> tuple[int, Entry]:
@@ -469,7 +483,7 @@ def shaped(shape: Sequence[object], dtype: str, encoding: object, name: str = "f
     return reference.assemble(zlib.compress(dump(listed).encode()), PAYLOAD)
 
 
-@pytest.mark.parametrize("encoding", ["raw", "binary", "ternary", 0])
+@pytest.mark.parametrize("encoding", ["raw", "binary", "ternary", "uniform4", 0])
 def test_absurd_shapes(encoding: object, target: Target) -> None:
     """Whose sizes have thousands of digits, or fit no 64 bits, or are of no memory at all."""
     huge = Json("9" * 4000)
@@ -607,7 +621,7 @@ def test_scales_of_any_bits(name: str, target: Target) -> None:
     assert target.loaded == 2 * len(patterns)
 
 
-@pytest.mark.parametrize("encoding", ["raw", "binary", "ternary"])
+@pytest.mark.parametrize("encoding", ["raw", "binary", "ternary", "uniform2", "uniform7"])
 def test_encodings_that_are_not_the_smallest(encoding: str, target: Target) -> None:
     """A file may use any that fits: to choose is the writer's business."""
     entries, (number, _) = [*ENTRIES], entry("tern")
@@ -750,6 +764,8 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
         shaped([2**62, 2**62], "float64", "binary"),
         shaped([2**62, 1], "float64", "binary"),
         shaped([1, 2**62], "float64", "ternary"),
+        shaped([2**62, 2**62], "float64", "uniform8"),
+        shaped([1, 2**62], "float32", "uniform3"),
         shaped([2**32, 2**32, 0], "float64", "raw"),
         shaped([0, 2**63], "float64", "raw"),
         shaped([2**64, 0], "float64", "raw"),
@@ -1028,6 +1044,25 @@ class TestMessages:
         assert self.entries[self.number("matrix")].encoding == encoding
         self.write_byte("matrix", 128)
         self.message("'matrix'", "last byte")
+
+    def test_uniform_numbers_out_of_range(self) -> None:
+        self.set(Layers(matrix=grid(4, (4, 8))))
+        assert self.entries[self.number("matrix")].encoding == "uniform4"
+        self.write_byte("matrix", 0xF0)
+        self.message("'matrix'", "15", "last level")
+
+    def test_uniform_padding(self) -> None:
+        self.set(Layers(matrix=grid(3, (3, 7))))
+        self.write_byte("matrix", 0x80)
+        self.message("'matrix'", "last byte")
+
+    @pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, -0.0, 1e-44, 2.0**-126])
+    def test_uniform_scales(self, scale: float) -> None:
+        self.set(Layers(matrix=grid(3, (3, 7))))
+        number = self.number("matrix")
+        payload = struct.pack("<f", scale) + reference.payload_of(self.entries[number])[4:]
+        reference.write(self.path, self.entries, payloads={number: payload})
+        self.message("'matrix'", "scale")
 
     def test_bools(self) -> None:
         self.write_byte("mask", 2)

@@ -357,12 +357,15 @@ class TestKeeping:
 
     @ALL_BITS
     def test_packed(self, bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """Every bit comes back. There is no encoding for them: they take 32 bits."""
+        """Every bit comes back, and a weight takes as many bits as it was trained with."""
         model, _ = trained(bits)
         sizes = summary(model)
-        assert [(layer.encoding, layer.bits) for layer in sizes.layers] == [("raw", 32)] * 3
-        assert sizes.quantized_weights == 0
-        assert "2      16x8x3x3    32" in capsys.readouterr().out
+        expected = [("raw", 32), (f"uniform{bits}", bits), ("raw", 32)]
+        assert [(layer.encoding, layer.bits) for layer in sizes.layers] == expected
+        weights = model.get_parameter("2.weight").numel()
+        assert sizes.quantized_weights == weights
+        assert sizes.quantized_bytes == 16 * 4 + -(-weights * bits // 8)
+        assert f"2      16x8x3x3     {bits}" in capsys.readouterr().out
         save_packed(model, tmp_path / "model.dfw")
         assert (tmp_path / "model.dfw").stat().st_size == sizes.file_bytes
         fresh = load_packed(make_model(), tmp_path / "model.dfw")

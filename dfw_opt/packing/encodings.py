@@ -1,4 +1,4 @@
-r"""How a tensor is kept in a packed file: as it is, or as signs, or as ternary digits.
+r"""How a tensor is kept in a packed file: as it is, as signs, ternary digits or whole numbers.
 
 An encoding is chosen by the values that a tensor holds, never by what an optimizer says of it, and
 gives back every bit of them.
@@ -11,11 +11,22 @@ binary    :math:`|w|` is constant over each slice of  one a slice           :mat
           the first dimension (an output channel)                           scale
 ternary   values are :math:`p`, :math:`0` and         :math:`p, n`          :math:`(0, p, -n)_d`
           :math:`-n`
+uniform2  values are :math:`m\,(k/q)`, whole          one a slice           :math:`m\,((d - q)/q)`
+to        :math:`|k| \le q`, :math:`m` the largest
+uniform8  :math:`|w|` of each slice of the first
+          dimension; :math:`q = 2^{b-1} - 1` for
+          "uniform" :math:`b`
 ========  ==========================================  ====================  =======================
 
 A payload is the scales, in the dtype of the tensor, and then the digits
-(:mod:`~dfw_opt.packing.digits`) in row-major order. Tensors are read and written in blocks, so that
-the memory beyond the tensor itself stays small.
+(:mod:`~dfw_opt.packing.digits`) in row-major order; those of "uniform" :math:`b` have :math:`b`
+bits. Tensors are read and written in blocks, so that the memory beyond the tensor itself stays
+small.
+
+The values of "uniform" :math:`b` are computed anew when they are read, :math:`k/q` first and then
+the product, both rounded to the dtype, as :mod:`dfw_opt.quantizers.uniform` computes them. So only
+float32 and float64 have it: a narrower weight has been rounded once more. And :math:`m` is 0, or
+large enough that no level is a subnormal number, which some machines take for 0.
 """
 
 import math
@@ -225,6 +236,97 @@ class _Ternary(_Digits):
         return torch.stack([torch.zeros_like(p), p, n ^ _sign_bit(n)])
 
 
+class _Uniform:
+    def __init__(self, bits: int) -> None:
+        self.bits: float | None = float(bits)
+        self.width, self.q = bits, (1 << (bits - 1)) - 1
+
+    def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        wide = dtype in (torch.float32, torch.float64)
+        return len(shape) >= 2 and math.prod(shape) > 0 and wide
+
+    def size(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        return shape[0] * dtype.itemsize + digits.packed_bits_size(math.prod(shape), self.width)
+
+    def fits(self, tensor: Tensor) -> bool:
+        rows = tensor.flatten(1)
+        # A look at the first row is enough for nearly all tensors that do not fit.
+        return self.holds(rows[:1]) and self.holds(rows)
+
+    def holds(self, rows: Tensor) -> bool:
+        """Whether every value is a level of its row."""
+        largest = _largest(rows)
+        blocks = self.blocks(rows, largest)
+        return self.allowed(largest) and all(
+            torch.equal(_patterns(self.levels(self.steps(block, its), its)), _patterns(block))
+            for block, its in blocks
+        )
+
+    def allowed(self, largest: Tensor) -> bool:
+        """Whether all levels of all slices are 0, or normal numbers."""
+        least = torch.finfo(largest.dtype).tiny * (self.q + 1)
+        zero = _patterns(largest) == 0
+        return bool((zero | ((largest >= least) & largest.isfinite())).all())
+
+    def write(self, tensor: Tensor) -> Iterator[Tensor]:
+        largest = _largest(tensor.flatten(1))
+        yield _bytes(largest)
+        for block, its in self.blocks(tensor, largest):
+            steps = self.steps(block, its) + self.q
+            yield digits.pack_bits(steps.to(torch.uint8), self.width)
+
+    def check(self, payload: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        largest, packed = self.parts(payload, shape, dtype)
+        if not self.allowed(largest):
+            return "a scale of it is neither 0 nor a normal number that all levels can have"
+        count = math.prod(shape)
+        if (used := count * self.width % 8) and int(packed[-1]) >> used:
+            return "its last byte has bits beyond the last weight"
+        # Bytes to a block of numbers, as they were written.
+        for block in torch.split(packed, _BLOCK // 8 * self.width):
+            numbers = digits.unpack_bits(block, self.width, min(count, _BLOCK))
+            count -= len(numbers)
+            if int(numbers.max()) > 2 * self.q:
+                return f"a number of it is {int(numbers.max())}, beyond the last level"
+        return None
+
+    def read(self, payload: Tensor, out: Tensor) -> None:
+        largest, packed = self.parts(payload, tuple(out.shape), out.dtype)
+        numbered = torch.split(packed, _BLOCK // 8 * self.width)
+        for (block, its), part in zip(self.blocks(out, largest), numbered, strict=True):
+            numbers = digits.unpack_bits(part, self.width, len(block))
+            block.copy_(self.levels((numbers - self.q).to(out.dtype), its))
+
+    def parts(
+        self, payload: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The scales, and the bytes of the numbers."""
+        largest = torch.empty(shape[0], dtype=dtype, device="cpu")
+        stored = _bytes(largest)
+        stored.copy_(payload[: len(stored)])
+        return largest, payload[len(stored) :]
+
+    def blocks(self, tensor: Tensor, largest: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of ``tensor``, 1-D, and for each of their elements the largest of its slice."""
+        flat = tensor.view(-1)
+        columns = len(flat) // len(largest)
+        for start in range(0, len(flat), _BLOCK):
+            block = flat[start : start + _BLOCK]
+            yield block, largest[torch.arange(start, start + len(block)) // columns]
+
+    def steps(self, block: Tensor, largest: Tensor) -> Tensor:
+        """:math:`k`, if there is one."""
+        return (block / torch.where(largest > 0, largest, 1.0) * self.q).round()
+
+    def levels(self, steps: Tensor, largest: Tensor) -> Tensor:
+        return torch.where(steps == 0, 0.0, largest * (steps / steps.new_tensor(self.q)))
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest magnitude of each row, without a copy of them all; NaN where there is one."""
+    return torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).abs()
+
+
 def _patterns(tensor: Tensor) -> Tensor:
     """The bits of floating-point numbers as integers, which nothing rounds or flushes to zero.
 
@@ -247,5 +349,10 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-ENCODINGS: dict[str, Encoding] = {"raw": _Raw(), "binary": _Binary(), "ternary": _Ternary()}
+ENCODINGS: dict[str, Encoding] = {
+    "raw": _Raw(),
+    "binary": _Binary(),
+    "ternary": _Ternary(),
+    **{f"uniform{bits}": _Uniform(bits) for bits in range(2, 9)},
+}
 """Every encoding by the name that it has in a file."""

@@ -41,10 +41,11 @@ def save_packed(model: nn.Module, path: Path) -> None:
     """Saves ``model`` in one file, its quantized weights packed.
 
     A weight whose values are binary (one magnitude per output channel, the first dimension) takes 1
-    bit, a ternary one (:math:`p`, :math:`0`, :math:`-n` over the tensor) 8/5; their scales are kept
-    in the dtype of the weight. Everything else in ``model.state_dict()`` is kept as it is, and
-    weights that share their memory are kept once. What is binary or ternary is found by looking at
-    the values, so no optimizer is needed, and every bit comes back: see
+    bit, a ternary one (:math:`p`, :math:`0`, :math:`-n` over the tensor) 8/5, evenly spaced ones
+    (the float32 weights of the uniform quantizer) 2 to 8; their scales are kept in the dtype of the
+    weight. Everything else in ``model.state_dict()`` is kept as it is, and
+    weights that share their memory are kept once. What is quantized is found by looking at the
+    values, so no optimizer is needed, and every bit comes back: see
     :mod:`~dfw_opt.packing.encodings` for the rules and :mod:`~dfw_opt.packing.layout` for the file.
 
     The file is written beside its place and moved there when it is complete.
@@ -78,8 +79,8 @@ def save_packed(model: nn.Module, path: Path) -> None:
 def load_packed(model: Model, path: Path) -> Model:
     """Loads a file of :func:`save_packed` into ``model``, all of it or nothing.
 
-    The model is the plain one, with float layers: its weights get the binary and ternary values
-    that the saved model held, bit for bit. Nothing in the file is executed. Beyond the model it
+    The model is the plain one, with float layers: its weights get the values that the saved model
+    held, bit for bit. Nothing in the file is executed. Beyond the model it
     takes the memory of the file and of one block of weights; for a weight that is not contiguous on
     the CPU, that of the weight.
 

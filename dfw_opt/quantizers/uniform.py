@@ -59,7 +59,8 @@ def quantize(latent: Tensor, unit: Tensor, largest: Tensor, bits: int) -> Tensor
     # A channel of zeros has no grid of its own.
     steps = (latent / torch.where(largest > 0, largest, 1.0) * q).round()
     # k/q first: the last level is then c·a itself, and the others follow from it.
-    return torch.where(steps == 0, 0.0, unit * largest * (steps / q))
+    # By a tensor: an accelerator would multiply by the reciprocal of a number, and round elsewhere.
+    return torch.where(steps == 0, 0.0, unit * largest * (steps / steps.new_full((), q)))
 
 
 def pull_back(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
