@@ -2,9 +2,10 @@
 
 Each figure is drawn from numbers that the package itself computes (its optimizers, step sizes and
 quantizers), in float64, so that they are the same on every machine. Only the quick start's are
-those of one training run. Into docs/_static/figures go, for each source below, the numbers as JSON,
-and for each figure an SVG whose colours follow the page (docs/_ext/inline_svg.py). Needs the extra
-"examples"; tests/test_docs_figures.py checks that nothing is out of date.
+those of one training run, and those of the results page of the runs in docs/runs. Into
+docs/_static/figures go, for each source below, the numbers as JSON, and for each figure an SVG
+whose colours follow the page (docs/_ext/inline_svg.py). Needs the extra "examples";
+tests/test_docs_figures.py checks that nothing is out of date.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "examples")]
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS)]
 
 import quick_start  # noqa: E402
+import results  # noqa: E402
 
 from dfw_opt import DFW, MultiClassHingeLoss, ProjectedDFW, TernaryDFW, param_groups  # noqa: E402
 from dfw_opt.quantizers import binary, ternary  # noqa: E402
@@ -404,6 +406,39 @@ def of_runs(draw: Callable[[list[quick_start.Run]], Figure]) -> Callable[[Data],
     return lambda data: draw([quick_start.Run(**run) for run in data["runs"]])
 
 
+# ---- Results ----
+
+
+def sweep_data() -> Data:
+    """Accuracy by lr of every net and optimizer: a list of pairs."""
+    swept = results.sweep()
+    return {
+        net: {optimizer: [list(p) for p in swept[net, optimizer].items()] for optimizer in LINES}
+        for net in results.NETS
+    }
+
+
+LINES = {"dfw": "C0", "adam": "C1", "sgd": "C2"}
+
+
+def draw_sweep(data: Data) -> Figure:
+    figure = Figure(figsize=(5, 8.4), layout="constrained")
+    axes = figure.subplots(len(data), sharex=True)
+    for axis, (net, lines) in zip(axes, data.items(), strict=True):
+        for optimizer, pairs in lines.items():
+            rates, values = zip(*pairs, strict=True)
+            best = max(range(len(values)), key=values.__getitem__)
+            axis.plot(rates, values, color=LINES[optimizer], marker="o", markersize=3)
+            axis.plot(rates[best], values[best], "o", color=LINES[optimizer], markersize=7)
+        axis.set_title(results.NAMES[net], **TITLE)
+        axis.set(xscale="log", ylim=(5, 62), yticks=[10, 20, 30, 40, 50, 60])
+        axis.axhline(10, **THIN)
+    for optimizer, (x, y) in {"dfw": (2.2, 47), "adam": (2e-4, 50), "sgd": (0.55, 15)}.items():
+        axes[0].text(x, y, results.NAMES[optimizer], color=LINES[optimizer])
+    axes[-1].set_xlabel("lr")
+    return figure
+
+
 # ---- All of them ----
 
 SOURCES: dict[str, Callable[[], Data]] = {
@@ -412,6 +447,7 @@ SOURCES: dict[str, Callable[[], Data]] = {
     "binary": binary_data,
     "ternary": ternary_data,
     "quick_start": quick_start_data,
+    "sweep": sweep_data,
 }
 """What is computed, by the name of its JSON file."""
 
@@ -423,6 +459,7 @@ FIGURES: dict[str, dict[str, Callable[[Data], Figure]]] = {
     "quick_start": {
         f"quick_start_{name}": of_runs(draw) for name, draw in quick_start.FIGURES.items()
     },
+    "sweep": {"sweep": draw_sweep},
 }
 """What is drawn from it, by the name of the SVG."""
 

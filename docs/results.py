@@ -244,7 +244,7 @@ def targets_table() -> str:
 
 # ---- One learning rate ----
 
-WITHIN = 2.0
+WITHIN = (2.0, 10.0)
 
 
 def sweep() -> dict[tuple[str, str], dict[float, float]]:
@@ -262,14 +262,14 @@ def by_lr(run: Run) -> float:
     return run.lr
 
 
-def plateau(points: dict[float, float]) -> tuple[float, float]:
-    """The values of lr about the best one at which accuracy is within two points of it.
+def plateau(points: dict[float, float], within: float) -> tuple[float, float]:
+    """The values of lr about the best one at which accuracy is within so many points of it.
 
     Between two values of lr that were tried, accuracy is taken to be linear in log lr.
     """
     tried = sorted(points)
     best = max(tried, key=points.__getitem__)
-    level, at = points[best] - WITHIN, tried.index(best)
+    level, at = points[best] - within, tried.index(best)
 
     def reach(side: list[float]) -> float:
         near = best
@@ -283,8 +283,8 @@ def plateau(points: dict[float, float]) -> tuple[float, float]:
     return reach(tried[:at][::-1]), reach(tried[at + 1 :])
 
 
-def decades(points: dict[float, float]) -> float:
-    low, high = plateau(points)
+def decades(points: dict[float, float], within: float) -> float:
+    low, high = plateau(points, within)
     return math.log10(high / low)
 
 
@@ -302,17 +302,19 @@ def sweep_table() -> str:
 
 def plateau_table() -> str:
     swept, rows = sweep(), []
-    for net in NETS:
-        widths = {optimizer: decades(swept[net, optimizer]) for optimizer in OPTIMIZERS}
-        gain = widths["dfw"] - max(widths["adam"], widths["sgd"])
-        cells = []
-        for optimizer in OPTIMIZERS:
-            low, high = plateau(swept[net, optimizer])
-            cells.append(f"{widths[optimizer]:.2f} ({low:.2g} to {high:.2g})")
-        met = "yes" if gain >= 1 else "**no**"
-        rows.append([NAMES[net], *cells, f"{gain:+.2f}".replace("-", "−"), met])
-    header = ["net", *(NAMES[name] for name in OPTIMIZERS), "DFW above the wider of the two"]
-    return markdown([*header, "a decade or more"], rows)
+    for within in WITHIN:
+        for net in NETS:
+            widths = [decades(swept[net, optimizer], within) for optimizer in OPTIMIZERS]
+            gain = widths[0] - max(widths[1:])
+            cells = []
+            for optimizer, width in zip(OPTIMIZERS, widths, strict=True):
+                low, high = plateau(swept[net, optimizer], within)
+                cells.append(f"{width:.2f} ({low:.2g} to {high:.2g})")
+            met = "yes" if gain >= 1 else "**no**"
+            more = f"{gain:+.2f}".replace("-", "−")
+            rows.append([f"{within:g}", NAMES[net], *cells, more, met])
+    header = ["points", "net", *(NAMES[name] for name in OPTIMIZERS), "DFW's more than both"]
+    return markdown([*header, "by a decade"], rows)
 
 
 def svm_table() -> str:

@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--lr",
         type=_real(0, math.inf),
-        help="default: 0.1; adam 0.005, float 0.001",
+        help="default: 0.1; xnor with dfw 0.3; adam 0.005, float 0.001",
     )
     add("--momentum", type=_real(0, 1, True), help="default: 0.9; adam's first beta")
     add(

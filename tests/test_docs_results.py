@@ -102,11 +102,11 @@ def test_learning_rates_of_the_table_are_the_best_of_the_sweep() -> None:
 def test_plateau() -> None:
     # Half a decade apart; within 2 points of 50 between 49 and 47 a third of the way down.
     points = {0.01: 40.0, 0.1: 50.0, 1.0: 49.0, 10.0: 46.0}
-    low, high = results.plateau(points)
+    low, high = results.plateau(points, 2)
     assert math.log10(low) == pytest.approx(-1 - 0.2)
     assert math.log10(high) == pytest.approx(0 + 1 / 3)
-    assert results.decades(points) == pytest.approx(1 + 0.2 + 1 / 3)
-    assert results.plateau({0.1: 10.0, 1.0: 50.0}) == (pytest.approx(10**-0.05), 1.0)
+    assert results.decades(points, 2) == pytest.approx(1 + 0.2 + 1 / 3)
+    assert results.plateau({0.1: 10.0, 1.0: 50.0}, 2) == (pytest.approx(10**-0.05), 1.0)
 
 
 def test_a_finished_run_is_added_with_the_arguments_that_repeat_it(

@@ -93,7 +93,7 @@ def binary_jacobian(latent: Tensor, unit: Tensor) -> Tensor:
         weights: Tensor = unit * mean * SignStraightThrough.apply(u)
         return weights
 
-    jacobian = torch.autograd.functional.jacobian(weights, latent)
+    jacobian: Tensor = torch.autograd.functional.jacobian(weights, latent)
     return jacobian.reshape(latent.numel(), latent.numel())
 
 
