@@ -378,7 +378,7 @@ def read_header(stored: bytes) -> list[tuple[str, str, tuple[int, ...], str | in
         elif encoding in ("binary", "ternary"):
             if not quantizable(dtype, shape):
                 raise Invalid("encoding")
-        elif encoding in WIDTHS:
+        elif type(encoding) is str and encoding in WIDTHS:
             if not (quantizable(dtype, shape) and dtype in UNIFORM):
                 raise Invalid("encoding")
         elif encoding != "raw":

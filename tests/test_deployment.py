@@ -23,9 +23,10 @@ def trained(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, Tensor]:
     """A network after some steps, images, and its scores for them."""
     digits = data.load(None, limit=800)
     digits = Data(digits.name, digits.train, digits.held_out.part(0, 50), "test", False)
-    settings = {"device": "cpu", "amp": "off", "batch_size": 16, "epochs": 1}
+    settings = {"device": "cpu", "amp": "off", "batch_size": 16, "epochs": 2}
     run = Run(Settings.choose(settings | {"net": request.param}), digits)
-    run.train_epoch()
+    while run.epoch < run.settings.epochs:
+        run.train_epoch()
     model = run.model.eval()
     images = run.augmenter.normalise(digits.held_out.images)
     with torch.no_grad():

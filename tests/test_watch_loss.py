@@ -1659,4 +1659,4 @@ class TestTraining:
                 optimizer.step(**({} if watched else {"loss": loss}))
             finals.append(loss.item())
         assert spread(finals) == 0
-        assert finals[0] < 0.7 * first
+        assert finals[0] < 0.75 * first
