@@ -24,7 +24,7 @@ class LayerSize:
     shape: tuple[int, ...]
     """Of the largest tensor, which stands for the layer."""
     encoding: str
-    """That of the same tensor: "raw", "binary", "ternary", or "uniform2" to "uniform8"."""
+    """Of the same tensor, "raw", "binary", "ternary", or "uniform2" to "uniform8"."""
     bits: float
     """Per element of that tensor, without scales."""
     bytes: int
