@@ -131,7 +131,7 @@ class Settings:
 
 
 def _learning_rate(net: str, optimizer: str) -> float:
-    # Chosen by trying a few, a factor of about three apart, on the digits; for DFW also on CIFAR-10.
+    # Chosen by trying a few, a factor of about three apart, on the digits; for DFW on CIFAR-10 too.
     if optimizer == "adam":
         return 1e-3 if net == "float" else 5e-3
     return 0.3 if (net, optimizer) == ("xnor", "dfw") else 0.1
