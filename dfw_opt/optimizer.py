@@ -33,7 +33,7 @@ from dfw_opt.sharding import (
 from dfw_opt.state import CHANGED, LatentOptimizer, box
 from dfw_opt.step_size import climb, closed_form, maximize, readable
 from dfw_opt.update import Bounds, Variables
-from dfw_opt.validate import check_hyperparameters, check_options, check_parameters, options_of
+from dfw_opt.validate import all_options, check_hyperparameters, check_options, check_parameters
 from dfw_opt.watch import LossWatch, loss_of
 
 __all__ = ["FrankWolfe"]
@@ -232,7 +232,7 @@ class FrankWolfe(LatentOptimizer):
             group.setdefault("foreach", None)
             group.setdefault("fused", None)
             # Options of quantizers that came after the checkpoint or the pickle.
-            for name in {o.name for q in QUANTIZERS for o in options_of(q)} & set(self.defaults):
+            for name in all_options().keys() & self.defaults.keys():
                 group.setdefault(name, self.defaults[name])
 
     def __getstate__(self) -> dict[str, Any]:

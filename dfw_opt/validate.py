@@ -11,6 +11,7 @@ from dfw_opt.sharding import all_finite
 
 __all__ = [
     "SETTINGS",
+    "all_options",
     "check_hyperparameters",
     "check_options",
     "check_parameters",
@@ -45,7 +46,7 @@ def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) ->
     Raises:
         ValueError: a value is out of range, or names nothing.
     """
-    options = {option.name: option for q in QUANTIZERS for option in options_of(q)}
+    options = all_options()
     homes = _SPECIAL | {name: option.optimizer for name, option in options.items()}
     for name, optimizer in homes.items():
         if name not in known and group.get(name) is not None:
@@ -76,6 +77,11 @@ def check_options(group: Mapping[str, Any]) -> None:
     """
     for option in options_of(group.get("quantizer")):
         _check_number(option.name, group[option.name], option.test, option.meaning)
+
+
+def all_options() -> dict[str, Option]:
+    """The options of all quantizers, by name."""
+    return {option.name: option for q in QUANTIZERS for option in options_of(q)}
 
 
 def options_of(quantizer: Any) -> tuple[Option, ...]:

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from dfw_opt.packing import digits
+from dfw_opt.quantizers import uniform
 
 __all__ = ["ENCODINGS", "Encoding", "best"]
 
@@ -239,7 +240,7 @@ class _Ternary(_Digits):
 class _Uniform:
     def __init__(self, bits: int) -> None:
         self.bits: float | None = float(bits)
-        self.width, self.q = bits, (1 << (bits - 1)) - 1
+        self.width, self.q = bits, uniform.levels_beyond_zero(bits)
 
     def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         wide = dtype in (torch.float32, torch.float64)
@@ -258,7 +259,7 @@ class _Uniform:
         largest = _largest(rows)
         blocks = self.blocks(rows, largest)
         return self.allowed(largest) and all(
-            torch.equal(_patterns(self.levels(self.steps(block, its), its)), _patterns(block))
+            torch.equal(_patterns(self.again(block, its)), _patterns(block))
             for block, its in blocks
         )
 
@@ -272,8 +273,8 @@ class _Uniform:
         largest = _largest(tensor.flatten(1))
         yield _bytes(largest)
         for block, its in self.blocks(tensor, largest):
-            steps = self.steps(block, its) + self.q
-            yield digits.pack_bits(steps.to(torch.uint8), self.width)
+            k = uniform.nearest(block, its, self.width)
+            yield digits.pack_bits((k + self.q).to(torch.uint8), self.width)
 
     def check(self, payload: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
         largest, packed = self.parts(payload, shape, dtype)
@@ -295,7 +296,7 @@ class _Uniform:
         numbered = torch.split(packed, _BLOCK // 8 * self.width)
         for (block, its), part in zip(self.blocks(out, largest), numbered, strict=True):
             numbers = digits.unpack_bits(part, self.width, len(block))
-            block.copy_(self.levels((numbers - self.q).to(out.dtype), its))
+            block.copy_(uniform.level((numbers - self.q).to(out.dtype), its, self.width))
 
     def parts(
         self, payload: Tensor, shape: tuple[int, ...], dtype: torch.dtype
@@ -314,12 +315,9 @@ class _Uniform:
             block = flat[start : start + _BLOCK]
             yield block, largest[torch.arange(start, start + len(block)) // columns]
 
-    def steps(self, block: Tensor, largest: Tensor) -> Tensor:
-        """:math:`k`, if there is one."""
-        return (block / torch.where(largest > 0, largest, 1.0) * self.q).round()
-
-    def levels(self, steps: Tensor, largest: Tensor) -> Tensor:
-        return torch.where(steps == 0, 0.0, largest * (steps / steps.new_tensor(self.q)))
+    def again(self, block: Tensor, largest: Tensor) -> Tensor:
+        """``block`` as it would be read."""
+        return uniform.level(uniform.nearest(block, largest, self.width), largest, self.width)
 
 
 def _largest(rows: Tensor) -> Tensor:

@@ -33,7 +33,15 @@ from torch import Tensor
 from dfw_opt.quantizers.base import Group, Option, Pulled, Quantizer, State, normalised_latent
 from dfw_opt.sharding import largest_of_rows
 
-__all__ = ["UNIFORM", "largest_of_channel", "levels_beyond_zero", "pull_back", "quantize"]
+__all__ = [
+    "UNIFORM",
+    "largest_of_channel",
+    "level",
+    "levels_beyond_zero",
+    "nearest",
+    "pull_back",
+    "quantize",
+]
 
 
 def levels_beyond_zero(bits: int) -> int:
@@ -46,6 +54,19 @@ def largest_of_channel(latent: Tensor) -> Tensor:
     return largest_of_rows(latent)
 
 
+def nearest(latent: Tensor, largest: Tensor, bits: int) -> Tensor:
+    r""":math:`k = \operatorname{round}(q\,u/a)`, the number of the nearest level."""
+    # A channel of zeros has no grid of its own.
+    return (latent / torch.where(largest > 0, largest, 1.0) * levels_beyond_zero(bits)).round()
+
+
+def level(k: Tensor, top: Tensor, bits: int) -> Tensor:
+    """Level :math:`k` of those up to ``top``; a packed file repeats it to the last bit."""
+    # k/q first: the last level is then the top itself, and the others follow from it.
+    # By a tensor: an accelerator would multiply by the reciprocal of a number, and round elsewhere.
+    return torch.where(k == 0, 0.0, top * (k / k.new_full((), levels_beyond_zero(bits))))
+
+
 def quantize(latent: Tensor, unit: Tensor, largest: Tensor, bits: int) -> Tensor:
     r""":math:`Q(u)` of the module's formula.
 
@@ -55,12 +76,7 @@ def quantize(latent: Tensor, unit: Tensor, largest: Tensor, bits: int) -> Tensor
         largest: :math:`a`, of :func:`largest_of_channel`.
         bits: 2 to 8.
     """
-    q = levels_beyond_zero(bits)
-    # A channel of zeros has no grid of its own.
-    steps = (latent / torch.where(largest > 0, largest, 1.0) * q).round()
-    # k/q first: the last level is then c·a itself, and the others follow from it.
-    # By a tensor: an accelerator would multiply by the reciprocal of a number, and round elsewhere.
-    return torch.where(steps == 0, 0.0, unit * largest * (steps / steps.new_full((), q)))
+    return level(nearest(latent, largest, bits), unit * largest, bits)
 
 
 def pull_back(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
