@@ -6,6 +6,7 @@ and :math:`\gamma` needs its value. A rank that took its own loss instead would 
 that has to be sent. It travels while gradients are pulled back and summed.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -67,6 +68,8 @@ def mean_loss(
     if isinstance(loss, Tensor):
         total = loss.detach().reshape(()).to(device, dtype, copy=True)
     else:
+        if abs(loss) > torch.finfo(dtype).max:  # which torch refuses to round
+            loss = math.inf
         total = torch.full((), loss, device=device, dtype=dtype)  # which waits for no device
     work = dist.all_reduce(total, group=group, async_op=True)
 

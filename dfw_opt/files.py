@@ -1,8 +1,10 @@
 """Writing a file so that a reader, or a crash, never meets half of one."""
 
 import contextlib
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -17,8 +19,9 @@ def write_atomically(
 ) -> None:
     """Calls ``write`` on a temporary file beside ``path``, syncs it, and moves it into place.
 
-    Until that last move the file at ``path``, if there is one, stays as it was. A link is followed.
-    Only a process that is killed leaves the temporary file, ``.NAME.*.part``, behind.
+    Until that last move the file at ``path``, if there is one, stays as it was; the new one takes
+    over its permissions. A link is followed. Only a process that is killed leaves the temporary
+    file, ``.NAME.*.part``, behind.
 
     Args:
         path: the file to write.
@@ -26,16 +29,20 @@ def write_atomically(
         advice: what to do if it cannot be written, for the error.
 
     Raises:
-        OSError: the file cannot be written; one that was there before is unchanged.
+        OSError: the file cannot be written, or what is there is no file but a device, say; it is
+            unchanged.
     """
     target = Path(os.path.realpath(path))
     unique = f"{os.getpid()}-{secrets.token_hex(4)}"
     part = target.with_name(f".{target.name[:_LONGEST]}.{unique}.part")
     try:
+        permissions = _permissions(target) if target.exists() else None
         with part.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if permissions is not None:
+            os.chmod(part, permissions)
         os.replace(part, target)
         _sync_directory(target.parent)
     except OSError as error:
@@ -45,6 +52,14 @@ def write_atomically(
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _permissions(target: Path) -> int:
+    """Of the file to be replaced, which must be one."""
+    mode = target.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a directory cannot be replaced anyway
+        raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file")
+    return stat.S_IMODE(mode)
 
 
 def _sync_directory(path: Path) -> None:

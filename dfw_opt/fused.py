@@ -198,4 +198,4 @@ def _dense(p: Tensor) -> bool:
 
 
 def _float64(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")

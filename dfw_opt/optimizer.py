@@ -5,6 +5,7 @@ the latents, in its state; the model holds the quantized weights, at all times.
 """
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any, overload
@@ -30,7 +31,7 @@ from dfw_opt.sharding import (
     settled,
     whole,
 )
-from dfw_opt.state import CHANGED, LatentOptimizer, box
+from dfw_opt.state import LatentOptimizer, box
 from dfw_opt.step_size import climb, closed_form, maximize, readable
 from dfw_opt.update import Bounds, Variables
 from dfw_opt.validate import all_options, check_hyperparameters, check_options, check_parameters
@@ -140,8 +141,8 @@ class FrankWolfe(LatentOptimizer):
         Raises:
             TypeError: both of ``closure`` and ``loss`` were given, or neither and none is watched;
                 or the loss is not a number.
-            ValueError: the loss is not a scalar; or an option of a quantizer (``threshold``,
-                ``bits``) has been set to what it may not be.
+            ValueError: the loss is not a scalar; or the quantizer of a group has been changed, or
+                an option of one (``threshold``, ``bits``) has been set to what it may not be.
             RuntimeError: a gradient is sparse; or the watched module has taken part in no
                 ``backward()`` since the last step.
 
@@ -149,11 +150,13 @@ class FrankWolfe(LatentOptimizer):
         nothing changes, :attr:`gamma` is NaN and :attr:`skipped_steps` grows by one.
         """
         for group in self.param_groups:  # before a closure runs, or anything moves
+            self._choose(group)
             check_options(group)
         given, result = self._loss(closure, loss)
         self._check_gradients()
 
         average = mean_loss(given, self._device(), self.process_group)
+        unstarted = self._unstarted()
         kernels = self._kernels()
         batches = [b for group in self.param_groups for b in self._pull_back(group, kernels)]
         among = all_groups(batch.groups for batch in batches)
@@ -169,6 +172,8 @@ class FrankWolfe(LatentOptimizer):
             gamma = self._search(ell, batches, terms, among)
             finite = finite & gamma.isfinite()  # a NaN among the weights themselves
         if readable(finite) and not finite:
+            for p in unstarted:  # for nothing has changed
+                del self.state[p]
             self._report(torch.full_like(ell, torch.nan), finite)
             return result
 
@@ -414,10 +419,7 @@ def _variables(
         yield "", p, Pulled(p.grad, None), None
         return
     quantizer = QUANTIZERS[group["quantizer"]]
-    try:
-        pulled = quantizer.pull_back(p.grad, state, group)
-    except KeyError as error:
-        raise ValueError(CHANGED.format(repr(group["quantizer"]))) from error
+    pulled = quantizer.pull_back(p.grad, state, group)
     for key, bounds in quantizer.variables.items():
         yield key, state[key], pulled[key], bounds
 
@@ -439,6 +441,8 @@ def _scalar(loss: Tensor | float, batches: Sequence[Batch]) -> Tensor:
     if isinstance(loss, Tensor):
         device = values[0].device if values else loss.device
         return loss.detach().reshape(()).to(device, dtype)
+    if abs(loss) > torch.finfo(dtype).max:  # which torch refuses to round
+        loss = math.inf
     return torch.full((), loss, dtype=dtype, device=values[0].device if values else None)
 
 

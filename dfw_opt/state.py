@@ -4,7 +4,7 @@ The life of a state: it begins when the optimizer is made (for a frozen paramete
 gradient), follows the model to another device, goes into a checkpoint and comes back from one in
 the dtype that it had. Whenever a latent changes, :meth:`LatentOptimizer._publish` sets the
 parameter to the quantized value. Nothing else writes to a quantized parameter; if somebody did, the
-next step says so.
+next step says so, unless it was through ``.data``, which torch does not count as a change.
 """
 
 import warnings
@@ -19,9 +19,9 @@ from dfw_opt.quantizers import QUANTIZERS, Group, State
 from dfw_opt.sharding import is_sharded, local, placed_like, replicated, settled
 from dfw_opt.update import UNBOUNDED, Bounds, Variables, wide
 
-__all__ = ["CHANGED", "LatentOptimizer", "box"]
+__all__ = ["LatentOptimizer", "box"]
 
-CHANGED = (
+_CHANGED = (
     "quantizer={}: the quantizer of a group cannot change once it has been chosen; make a new "
     "optimizer"
 )
@@ -33,6 +33,8 @@ class LatentOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # At which version of its tensor a quantized parameter was last written.
         self._written: dict[Tensor, int] = {}
+        # The quantizer of each parameter, which decides what its state holds.
+        self._chosen: dict[Tensor, str | None] = {}
         super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -69,9 +71,27 @@ class LatentOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_written", {})
+        if "_chosen" not in self.__dict__:
+            self._chosen = {}
+            for group in self.param_groups:
+                self._choose(group)
+
+    def _choose(self, group: dict[str, Any]) -> None:
+        """Remembers the quantizer of a group.
+
+        Raises:
+            ValueError: it was another one before.
+        """
+        if torch.compiler.is_compiling():
+            return
+        quantizer = group.get("quantizer")
+        for p in group["params"]:
+            if self._chosen.setdefault(p, quantizer) != quantizer:
+                raise ValueError(_CHANGED.format(repr(quantizer)))
 
     def _start(self, group: dict[str, Any]) -> None:
         """Brings the parameters of a new group into its constraint set."""
+        self._choose(group)
         for p in group["params"]:
             # A frozen parameter is left alone, until it is unfrozen and has a gradient.
             if p.requires_grad:
@@ -107,17 +127,22 @@ class LatentOptimizer(Optimizer):
         """The state of ``p``, whose quantizer has been started; empty if it has none yet."""
         state = self._state_of(p)
         if group.get("quantizer") is None:
-            if "latent" in state:
-                raise ValueError(CHANGED.format(None))
             return state
-        quantizer = QUANTIZERS[group["quantizer"]]
         if "latent" not in state:
             # Frozen until now. Only a step that counts quantizes the parameter itself.
             state.update(_started(p, group))
-        if not {*quantizer.variables, *quantizer.derived} <= state.keys():
-            raise ValueError(CHANGED.format(repr(group["quantizer"])))
         self._warn_if_overwritten(p, group)
         return state
+
+    def _unstarted(self) -> list[Tensor]:
+        """The parameters to be quantized that have a gradient, but no state yet."""
+        return [
+            p
+            for group in self.param_groups
+            if group.get("quantizer") is not None
+            for p in group["params"]
+            if p.grad is not None and not self.state.get(p)
+        ]
 
     def _momentum_buffers(self, batch: Variables) -> list[Tensor]:
         if batch.momentum is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import math
 import re
 import shlex
@@ -28,6 +29,8 @@ RUNS = DOCS / "runs"
 
 NETS = ("float", "binary", "ternary", "xnor")
 OPTIMIZERS = ("dfw", "adam", "sgd")
+SHORTCUTS = ("", "bireal")
+ARCHES = ("wrn16-2", "densenet28")
 NAMES = {
     "float": "float",
     "binary": "binary weights",
@@ -38,6 +41,9 @@ NAMES = {
     "adamw": "AdamW",
     "sgd": "SGD",
     "parq": "PARQ",
+    "bireal": "Bi-Real shortcuts",
+    "wrn16-2": "WRN-16-2",
+    "densenet28": "DenseNet-BC-28-12",
     "svm": "SVM",
     "ce": "cross-entropy",
 }
@@ -194,14 +200,26 @@ def mean_of(runs: list[Run], net: str, optimizer: str) -> float:
 
 
 def main_table() -> str:
-    runs, rows = load("main"), []
-    for net in NETS:
-        for optimizer in OPTIMIZERS:
-            chosen = pick(runs, net=net, optimizer=optimizer)
-            accuracy = number([run.accuracy for run in chosen])
-            loss = "smoothed " * (optimizer == "dfw") + NAMES[chosen[0]["loss"]]
-            cells = [NAMES[net], NAMES[optimizer], loss, f"{chosen[0].lr:g}", accuracy]
-            rows.append([f"**{cell}**" for cell in cells] if optimizer == "dfw" else cells)
+    return rows_of(load("main"))
+
+
+def long_table() -> str:
+    return rows_of(load("long"))
+
+
+def rows_of(runs: list[Run]) -> str:
+    """A row for every kind of run, with the mean over its seeds."""
+    kinds = itertools.product(SHORTCUTS, NETS, OPTIMIZERS, ("svm", "ce"))
+    rows = []
+    for shortcut, net, optimizer, loss in kinds:
+        chosen = pick(runs, shortcut=shortcut, net=net, optimizer=optimizer, loss=loss)
+        if not chosen:
+            continue
+        name = f"{NAMES[net]}, {NAMES[shortcut]}" if shortcut else NAMES[net]
+        full_loss = "smoothed " * (optimizer == "dfw") + NAMES[loss]
+        accuracy = number([run.accuracy for run in chosen])
+        cells = [name, NAMES[optimizer], full_loss, f"{chosen[0].lr:g}", accuracy]
+        rows.append([f"**{cell}**" for cell in cells] if optimizer == "dfw" else cells)
     return markdown(["net", "optimizer", "loss", "lr", "test accuracy, %"], rows)
 
 
@@ -217,24 +235,39 @@ def readme_table() -> str:
 
 
 def targets_table() -> str:
-    runs = load("main")
-    yardstick = max(mean_of(runs, "float", optimizer) for optimizer in OPTIMIZERS)
-    dfw = {net: mean_of(runs, net, "dfw") for net in NETS}
-    adam, sgd = mean_of(runs, "xnor", "adam"), mean_of(runs, "ternary", "sgd")
-    better = {net: max(mean_of(runs, net, name) for name in ("adam", "sgd")) for net in NETS}
+    return targets_of(load("main"))
+
+
+def long_targets_table() -> str:
+    return targets_of(load("long"))
+
+
+def targets_of(runs: list[Run]) -> str:
+    """What was to be reached, next to what was, as far as there are runs to compare."""
+    runs = pick(runs, shortcut="")
+    made = {(run["net"], run["optimizer"]) for run in runs}
+    means = {key: mean_of(runs, *key) for key in made}
+    floats = [means[key] for key in means if key[0] == "float"]
+
+    def best(net: str, *optimizers: str) -> float:
+        found = [means[net, name] for name in optimizers if (net, name) in means]
+        return max(found) if len(found) == len(optimizers) else math.nan
+
     compared = [
-        ("XNOR: DFW above Adam", "+3.0 (poster: +3.0)", dfw["xnor"] - adam, 3.0),
-        ("ternary: DFW above SGD", "0.0 (poster: −1.6)", dfw["ternary"] - sgd, 0.0),
-        ("ternary: DFW above the best float row", "−0.6", dfw["ternary"] - yardstick, -0.6),
-        ("binary: DFW above the best float row", "−1.0", dfw["binary"] - yardstick, -1.0),
+        ("xnor", "Adam", best("xnor", "adam"), "+3.0 (poster: +3.0)", 3.0),
+        ("ternary", "SGD", best("ternary", "sgd"), "0.0 (poster: −1.6)", 0.0),
+        ("ternary", "the best float row", max(floats), "−0.6", -0.6),
+        ("binary", "the best float row", max(floats), "−1.0", -1.0),
     ]
-    rows = [
-        [what, target, signed(value), "yes" if value >= least else "**no**"]
-        for what, target, value, least in compared
+    compared += [
+        (net, "the better of Adam and SGD", best(net, "adam", "sgd"), "", math.nan) for net in NETS
     ]
-    for net in NETS:
-        what = f"{NAMES[net]}: DFW above the better of Adam and SGD"
-        rows.append([what, "", signed(dfw[net] - better[net]), ""])
+    rows = []
+    for net, other, theirs, target, least in compared:
+        gain = means.get((net, "dfw"), math.nan) - theirs
+        if not math.isnan(gain):
+            met = "" if math.isnan(least) else "yes" if gain >= least else "**no**"
+            rows.append([f"{NAMES[net]}: DFW above {other}", target, signed(gain), met])
     return markdown(["points", "target", "measured", "met"], rows)
 
 
@@ -395,6 +428,18 @@ def peers_table() -> str:
     return markdown(["net", "optimizer", "schedule", "lr", "test accuracy, %"], rows)
 
 
+def architectures_table() -> str:
+    """Float and ternary weights in other networks than ResNet-20."""
+    runs, rows = load("architectures"), []
+    for arch, net in itertools.product(ARCHES, ("float", "ternary")):
+        cells = []
+        for optimizer in OPTIMIZERS:
+            (run,) = pick(runs, arch=arch, net=net, optimizer=optimizer)
+            cells.append(f"{run.accuracy:.1f} ({run.lr:g})")
+        rows.append([NAMES[arch], NAMES[net], *cells])
+    return markdown(["network", "weights", *(f"{NAMES[name]} (lr)" for name in OPTIMIZERS)], rows)
+
+
 def chars_table() -> str:
     runs, rows = load("chars"), []
     for net in ("float", "ternary"):
@@ -410,6 +455,8 @@ def chars_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme_table,
     "main": main_table,
+    "long": long_table,
+    "long_targets": long_targets_table,
     "targets": targets_table,
     "sweep": sweep_table,
     "plateau": plateau_table,
@@ -417,6 +464,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablation_table,
     "open": open_table,
     "parq": peers_table,
+    "architectures": architectures_table,
     "chars": chars_table,
 }
 """What stands between the marks on the page, by their names."""

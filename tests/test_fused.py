@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfw_opt import DFW, TernaryDFW, fused, native
+from dfw_opt import DFW, ProjectedDFW, TernaryDFW, fused, native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -410,6 +410,16 @@ class TestCompiler:
     def test_compiler_with_arguments(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CC", "cc '-DWITH SPACE=1'")
         assert native.library.__wrapped__() is not None
+
+
+def test_where_new_tensors_go_by_default() -> None:
+    p, twin = (Parameter(torch.linspace(-1, 1, 6).view(2, 3)) for _ in range(2))
+    optimizers = ProjectedDFW([p], fused=True), ProjectedDFW([twin], fused=False)
+    for q, optimizer in zip((p, twin), optimizers, strict=True):
+        q.grad = torch.ones_like(q)
+        with torch.device("meta"):
+            optimizer.step(loss=0.1)
+    torch.testing.assert_close(p, twin)
 
 
 def test_foreach_and_fused_together() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,9 @@ def make_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))
 
 
-def take_step(model: nn.Module, optimizer: ProjectedDFW | TernaryDFW, scale: float = 1.0) -> None:
+def take_step(
+    model: nn.Module, optimizer: DFW | ProjectedDFW | TernaryDFW, scale: float = 1.0
+) -> None:
     optimizer.zero_grad()
     loss = scale * model(torch.ones(4, 6)).square().mean()
     loss.backward()
@@ -63,16 +68,42 @@ def test_unfreezing_into_a_skipped_step_changes_nothing() -> None:
     assert optimizer.gamma is not None
     assert optimizer.gamma.isnan()
     assert torch.equal(weight, before)
+    with torch.no_grad():
+        weight.neg_()  # new weights may be loaded, as long as it is float
     take_step(model, optimizer)
     assert torch.equal(weight.abs(), weight[:, :1].abs().expand(8, 8))
+    assert (weight.sign() == -before.sign()).float().mean() > 0.9
 
 
-def test_the_quantizer_of_a_group_cannot_change() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("kind", "group", "after"),
+    [
+        (TernaryDFW, 0, "binary"),
+        (TernaryDFW, 0, "uniform"),
+        (TernaryDFW, 0, "tenary"),
+        (TernaryDFW, 0, None),
+        (ProjectedDFW, 0, "ternary"),
+        (ProjectedDFW, 1, "binary"),
+        (DFW, 0, "binary"),
+    ],
+)
+@pytest.mark.parametrize("how", [lambda x: x, copy.deepcopy], ids=["itself", "copy"])
+def test_the_quantizer_of_a_group_cannot_change(
+    how: Callable[[Any], Any],
+    kind: Callable[..., DFW | ProjectedDFW | TernaryDFW],
+    group: int,
+    after: str | None,
+    momentum: float,
+) -> None:
     model = make_model()
-    optimizer = TernaryDFW(param_groups(model), quantizer="binary")
-    optimizer.param_groups[0]["quantizer"] = "ternary"
-    with pytest.raises(ValueError, match=r"quantizer='ternary'.*cannot change"):
+    groups = model.parameters() if kind is DFW else param_groups(model)
+    model, optimizer = how((model, kind(groups, momentum=momentum)))
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    optimizer.param_groups[group]["quantizer"] = after
+    with pytest.raises(ValueError, match=rf"quantizer={after!r}.*cannot change"):
         take_step(model, optimizer)
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before)
 
 
 class TestSkip:
@@ -112,3 +143,14 @@ def test_a_checkpoint_from_before_unfreezing_says_what_to_do() -> None:
     optimizer = ProjectedDFW(param_groups(model))
     with pytest.raises(ValueError, match="freeze it, load, then unfreeze"):
         optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("loss", [1e39, 10**400, -(10**400)])
+def test_a_number_that_no_float32_holds_skips_the_step(loss: float) -> None:
+    model = make_model()
+    optimizer = DFW(model.parameters())
+    before = copy.deepcopy(model.state_dict())
+    model(torch.ones(4, 6)).square().mean().backward()
+    assert optimizer.step(loss=loss) == loss
+    assert optimizer.skipped_steps == 1
+    torch.testing.assert_close(model.state_dict(), before)

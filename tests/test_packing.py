@@ -792,6 +792,7 @@ def mixed() -> Holder:
         binary=binary((5, 9)),
         ternary=Parameter(draw((1, 0, -2), (4, 9))),
         turned=Parameter(draw((1, 0, -2), (9, 4)).t()),
+        uniform=uniform(4, (4, 90)),
         raw=torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
     )
 
@@ -1092,6 +1093,24 @@ class TestPlaces:
         save_packed(small_net(), tmp_path / "model.dfw")
         modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "model.dfw")]
         assert modes[0] == modes[1]
+
+    @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+    def test_who_might_read_the_old_one_may_read_the_new_one(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.dfw"
+        for mode in (0o600, 0o664):
+            path.touch()
+            path.chmod(mode)
+            save_packed(small_net(), path)
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+    def test_a_pipe_stays_a_pipe(self, tmp_path: Path) -> None:
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        with pytest.raises(OSError, match=r"cannot write: it is a device, a pipe.*pipe"):
+            save_packed(small_net(), path)
+        assert path.is_fifo()
+        assert list(tmp_path.iterdir()) == [path]
 
     def test_on_the_disk_before_it_is_in_place(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

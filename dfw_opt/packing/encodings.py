@@ -313,7 +313,8 @@ class _Uniform:
         columns = len(flat) // len(largest)
         for start in range(0, len(flat), _BLOCK):
             block = flat[start : start + _BLOCK]
-            yield block, largest[torch.arange(start, start + len(block)) // columns]
+            elements = torch.arange(start, start + len(block), device=largest.device)
+            yield block, largest[elements // columns]
 
     def again(self, block: Tensor, largest: Tensor) -> Tensor:
         """``block`` as it would be read."""

@@ -5,10 +5,10 @@ r"""Binary weights with one scale per output channel, as in XNOR-Net.
     Q(u) = c\,a\,\operatorname{sign}(u), \qquad a = \text{mean}\,|u| \text{ per output channel},
     \qquad \operatorname{sign}(0) = +1 .
 
-The channel is the first dimension of the weight, and has :math:`n` weights. The scale :math:`a` is
-not trained: it follows the latent. With :math:`g` the gradient at :math:`Q(u)`, the
-straight-through estimate :math:`\partial \operatorname{sign}(u_i)/\partial u_i = 1`, and the mean
-over the channels,
+The channel is the first dimension of the weight (of a transposed convolution that is its *input*
+channel), and has :math:`n` weights. The scale :math:`a` is not trained: it follows the latent. With
+:math:`g` the gradient at :math:`Q(u)`, the straight-through estimate :math:`\partial
+\operatorname{sign}(u_i)/\partial u_i = 1`, and the mean over the channels,
 
 .. math::
 
@@ -22,13 +22,13 @@ follows the layer, the scale makes no difference to the loss, and that is :math:
 Elsewhere it is the same number for all latents of one sign: together they would push the scale far
 beyond where it should be.
 
-**The metric** is the one with which no weights move farther than SGD would move them. Let
-:math:`s = \operatorname{sign}(u)`, of one channel. A step :math:`-M^{-1}\delta` changes the part of
-the weights across :math:`s`, where signs would flip, by :math:`-g` times
-:math:`c^2(a + \tfrac1n)\,a/M`, and the part along :math:`s`, which the scale moves as well, by
-:math:`-g` times :math:`c^2(a + \tfrac1n)(a + 1)/M`: which is :math:`-g`. A metric of the first part
-alone, :math:`c^2a^2`, makes the second :math:`(a + 1)/a` times too long, and networks without norms
-unstable.
+**The metric** is the one with which no weights move farther than SGD would move them, on average
+over the channels. Let :math:`s = \operatorname{sign}(u)`, of one channel. A step
+:math:`-M^{-1}\delta` changes the part of the weights across :math:`s`, where signs would flip, by
+:math:`-g` times :math:`c^2(a + \tfrac1n)\,a/M`, and the part along :math:`s`, which the scale moves
+as well, by :math:`-g` times :math:`c^2(a + \tfrac1n)(a + 1)/M`: which is :math:`-g` if all channels
+have the same :math:`a`. A metric of the first part alone, :math:`c^2a^2`, makes the second
+:math:`(a + 1)/a` times too long, and networks without norms unstable.
 
 The usual factor :math:`\mathbb 1[|u_i| \le R]` is always 1, because the optimizer keeps latents in
 the box.
