@@ -439,6 +439,36 @@ def draw_sweep(data: Data) -> Figure:
     return figure
 
 
+def curves_data() -> Data:
+    """Test accuracy after each epoch of the long runs, in percent."""
+    data: Data = {}
+    for run in results.load("long"):
+        net = data.setdefault(run["net"] + run["shortcut"], {})
+        net[run["optimizer"]] = [100 * row["accuracy"] for row in run.rows]
+    return data
+
+
+PANELS = {
+    "XNOR": {"xnor": "-", "xnorbireal": "--"},
+    "ternary weights": {"ternary": "-", "float": ":"},
+}
+"""The nets of a panel, and their lines."""
+
+
+def draw_curves(data: Data) -> Figure:
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots(len(PANELS), sharex=True)
+    for axis, (title, nets) in zip(axes, PANELS.items(), strict=True):
+        for net, style in nets.items():
+            for optimizer, values in data[net].items():
+                epochs = range(1, len(values) + 1)
+                axis.plot(epochs, values, style, color=LINES[optimizer], linewidth=1.2)
+        axis.set_title(title, **TITLE)
+        axis.set(ylim=(40, 92), yticks=[40, 50, 60, 70, 80, 90])
+    axes[-1].set_xlabel("epoch")
+    return figure
+
+
 # ---- All of them ----
 
 SOURCES: dict[str, Callable[[], Data]] = {
@@ -448,6 +478,7 @@ SOURCES: dict[str, Callable[[], Data]] = {
     "ternary": ternary_data,
     "quick_start": quick_start_data,
     "sweep": sweep_data,
+    "curves": curves_data,
 }
 """What is computed, by the name of its JSON file."""
 
@@ -460,6 +491,7 @@ FIGURES: dict[str, dict[str, Callable[[Data], Figure]]] = {
         f"quick_start_{name}": of_runs(draw) for name, draw in quick_start.FIGURES.items()
     },
     "sweep": {"sweep": draw_sweep},
+    "curves": {"curves": draw_curves},
 }
 """What is drawn from it, by the name of the SVG."""
 

@@ -10,6 +10,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW, fused, native
+from dfw_opt.quantizers import ternary
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -465,3 +467,73 @@ def run_process(code: str, **environment: str) -> subprocess.CompletedProcess[st
 
 def run(code: str, **environment: str) -> str:
     return run_process(code, **environment).stdout
+
+
+def test_a_group_that_makes_the_model_large() -> None:
+    p = Parameter(torch.ones(10))
+    q = Parameter(torch.ones(fused.LEAST_ELEMENTS))
+    optimizer = DFW([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step(loss=1.0)
+    assert optimizer._kernels() is None
+    optimizer.add_param_group({"params": [q]})
+    assert optimizer._kernels() is native.library()
+
+
+def test_no_kernels_beside_an_accelerator() -> None:
+    """Whose step may turn out not to count, when the kernels have moved the rest already."""
+    params = [Parameter(torch.ones(3)), Parameter(torch.empty(3, device="meta"))]
+    for each in (params, params[::-1]):
+        assert DFW(each, fused=True)._kernels() is None
+    assert DFW(params[:1], fused=True)._kernels() is native.library()
+
+
+def test_scales_from_below_their_bound() -> None:
+    """As a checkpoint may hold them: getting to the bound counts in the search."""
+    gammas = []
+    for path in PATHS.values():
+        (p,) = make_params(((4, 6),))
+        optimizer = TernaryDFW([p], lr=0.1, radius=2.0, **path)
+        optimizer.state[p]["scale_pos"].fill_(-0.5)
+        zones = optimizer.state[p]["latent"] > optimizer.state[p]["delta"]
+        p.grad = -1.0 * zones
+        optimizer.step(loss=0.05)
+        assert float(optimizer.state[p]["scale_pos"]) >= ternary.SCALE_MIN
+        gammas.append(float(optimizer.gamma))
+    assert gammas == pytest.approx([gammas[0]] * 3, rel=1e-4)
+
+
+@ALL_KINDS
+@pytest.mark.parametrize(
+    ("before", "move"),
+    [
+        pytest.param(
+            torch.float32, lambda p: p.contiguous(memory_format=torch.channels_last), id="layout"
+        ),
+        pytest.param(torch.float64, lambda p: p.float(), id="dtype"),
+    ],
+)
+def test_a_moved_model(kind: Kind, before: torch.dtype, move: Callable[[Tensor], Tensor]) -> None:
+    """The state is not like the parameters any more: no kernel may read it as if it were."""
+    params = make_params(((4, 3, 3, 3), (2, 4, 3, 3)), before)
+    twins = clone_params(params)
+    optimizers = kind.make(params, foreach=False), kind.make(twins, fused=True)
+    for number in range(4):
+        if number == 2:
+            for p in (*params, *twins):
+                p.grad, p.data = None, move(p.data)
+        draw_gradients(params, number, 0.03)
+        for p, twin in zip(params, twins, strict=True):
+            assert p.grad is not None
+            p.grad = torch.empty_like(p).copy_(p.grad)
+            twin.grad = p.grad.clone(memory_format=torch.preserve_format)
+            assert twin.grad.stride() == twin.stride()
+        for optimizer in optimizers:
+            optimizer.step(loss=0.1)
+        assert_consistent(optimizers[1])
+    for p, twin in zip(params, twins, strict=True):
+        for key, value in optimizers[0].state[p].items():
+            torch.testing.assert_close(
+                optimizers[1].state[twin][key], value, rtol=1e-5, atol=2e-6, msg=key
+            )
+        torch.testing.assert_close(twin.abs(), p.abs(), rtol=1e-5, atol=2e-6)

@@ -268,3 +268,19 @@ def test_dfw_takes_the_model_itself() -> None:
     model = small_net()
     optimizer = DFW(model.parameters())
     assert len(optimizer.param_groups) == 1
+
+
+def test_tied_under_another_name_in_a_layer_stays_float() -> None:
+    """A linear layer whose own weight would be quantized uses that of another as it is."""
+
+    class Decoder(nn.Linear):
+        def __init__(self, other: nn.Linear) -> None:
+            super().__init__(4, 4)
+            self.back = other.weight
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    assert isinstance(model[1], nn.Linear)
+    model.append(Decoder(model[1]))
+    model.append(nn.Linear(4, 4))
+    groups = param_groups(model)
+    assert [id(p) for p in groups[0]["params"]] == [id(model[2].weight), id(model[3].weight)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -154,3 +155,16 @@ def test_a_number_that_no_float32_holds_skips_the_step(loss: float) -> None:
     assert optimizer.step(loss=loss) == loss
     assert optimizer.skipped_steps == 1
     torch.testing.assert_close(model.state_dict(), before)
+
+
+def test_skipped_steps_do_not_warn_again() -> None:
+    p = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+    optimizer = ProjectedDFW([p])
+    with torch.no_grad():
+        p.mul_(2)
+    p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="changed from outside"):
+        optimizer.step(loss=math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(loss=math.nan)

@@ -992,3 +992,67 @@ class TestTooling:
     def test_shapes_of_the_helpers(self) -> None:
         """The parameters that most tests here use have all kinds of shapes."""
         assert {len(shape) for shape in SHAPES} == {1, 2, 4}
+
+
+def test_eps_is_that_of_the_first_group() -> None:
+    p, q = (Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = DFW(
+        [{"params": [p], "eps": 1.0}, {"params": [q], "eps": 1e-5}], lr=0.5, momentum=0.0
+    )
+    p.grad, q.grad = torch.ones(1), torch.ones(1)
+    optimizer.step(loss=1.0)
+    assert float(optimizer.gamma) == pytest.approx(1.0 / (0.5 + 0.5 + 1.0))
+
+
+@ALL_PATHS
+@ALL_KINDS
+def test_momentum_switched_off_and_on(kind: Kind, path: str) -> None:
+    """At μ = 0 the buffer goes on, z = −ηγ(d + r), so that nothing stale comes back with μ."""
+    params = make_params(((3, 4), (5,)))
+    optimizer = kind.make(params, **PATHS[path])
+    train(optimizer, params, 3)
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step(loss=1.0)
+    for p in params:
+        for key, value in optimizer.state[p].items():
+            if "momentum_buffer" in key:
+                assert not value.any(), key
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_search_is_not_summed_in_low_precision(dtype: torch.dtype, path: str) -> None:
+    """The same γ as for float32 weights of the same values, whatever the parameters' dtype."""
+    p = make_params(((40, 50),), dtype, scale=0.3)[0]
+    twin = Parameter(p.detach().float())
+    gammas = []
+    for each in (p, twin):
+        optimizer = ProjectedDFW([each], lr=1.0, quantizer=None, radius=0.5, **PATHS[path])
+        draw_gradients([p], 1)
+        assert p.grad is not None
+        each.grad = p.grad.to(each.dtype)
+        optimizer.step(loss=300.0)
+        gammas.append(float(optimizer.gamma))
+    assert 0 < gammas[1] < 1
+    assert gammas[0] == pytest.approx(gammas[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer_class", [ProjectedDFW, TernaryDFW])
+@pytest.mark.parametrize("size", [1e-13, 1e-20, 1e-30])
+def test_next_to_nothing_is_trained(optimizer_class: Any, size: float) -> None:
+    """C is 1: of these weights' own c the square, and so the metric, would be 0."""
+    p = Parameter(torch.tensor([[size, -size], [0.0, size / 2]]))
+    optimizer = optimizer_class([p])
+    assert float(optimizer.state[p]["unit"]) == 1.0
+    p.grad = torch.tensor([[1.0, -1.0], [0.5, 1.0]])
+    optimizer.step(loss=1.0)
+    assert not optimizer.skipped_steps
+    assert optimizer.state[p]["latent"].abs().max() > 1e-3
+
+
+def test_shape_of_a_tensor_lr_is_named() -> None:
+    with pytest.raises(ValueError, match=r"1-element, but has shape \(2,\)"):
+        DFW(make_params(), lr=torch.tensor([0.1, 0.1]))

@@ -1226,3 +1226,18 @@ def test_a_big_endian_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sys.byteorder", "big")
     with pytest.raises(ValueError, match="little-endian"):
         save_packed(nn.Linear(3, 3), tmp_path / "model.dfw")
+
+
+def test_same_bytes_in_other_encodings(tmp_path: Path) -> None:
+    """The payloads of these two are equal, bytes of a binary and of a ternary tensor."""
+    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    model = nn.Sequential(first, second)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[-2.0, -2.0], [-1.0, 1.0]]))
+        second.weight.copy_(torch.tensor([[2.0, -1.0], [0.0, 0.0]]))
+    save_packed(model, tmp_path / "untied")
+    second.weight = first.weight
+    before = first.weight.detach().clone()
+    with pytest.raises(PackedFileError, match="one tensor in the model, but differ in the file"):
+        load_packed(model, tmp_path / "untied")
+    assert torch.equal(first.weight, before)

@@ -443,3 +443,16 @@ def test_wide_parameters_from_a_narrow_checkpoint(optimizer_class: Any) -> None:
     for p, o in ((narrow[0], optimizer), (wide[0], other)):
         assert torch.isfinite(p).all()
         assert all(torch.isfinite(value).all() for value in o.state[p].values())
+
+
+@ALL_KINDS
+def test_checkpoint_from_before_there_were_kernels(kind: Kind) -> None:
+    params = make_params()
+    optimizer = kind.make(params)
+    train(optimizer, params, 2)
+    older = copy.deepcopy(optimizer.state_dict())
+    for group in older["param_groups"]:
+        del group["fused"]
+    optimizer.load_state_dict(older)
+    assert all(group["fused"] is None for group in optimizer.param_groups)
+    train(optimizer, params, 2, seed=1)

@@ -562,3 +562,22 @@ def box_element(
     value: float, gradient: float, weight_decay: float = 0.0, lr: float = 0.1
 ) -> Element:
     return Element(value, gradient, lr, weight_decay, 1.0, -1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("flat", "expected"),
+    [pytest.param(True, 1.0, id="flat"), pytest.param(False, 0.0, id="flat, then falling")],
+)
+def test_end_points_on_an_accelerator(
+    flat: bool, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0/0 is never looked at."""
+    monkeypatch.setattr(step_size, "readable", lambda tensor: False)
+
+    def slope(gamma: Tensor) -> tuple[Tensor, Tensor]:
+        if flat:
+            return torch.zeros_like(gamma), torch.zeros_like(gamma)
+        late = gamma >= 0.5
+        return torch.where(late, 1.0 - 2 * gamma, 0.0), torch.where(late, -2.0, 0.0)
+
+    assert float(step_size.maximize(slope)) == expected

@@ -274,41 +274,61 @@ def test_momentum_is_counted_before_the_projection() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("quantizer", [None, "binary"])
-@pytest.mark.parametrize("reach", [0.5, 1.5, 3.0])
-def test_from_outside_the_box(quantizer: str | None, reach: float, path: str) -> None:
-    """A radius made smaller in mid-training, and decay that carries across zero (η λ = reach).
+@pytest.mark.parametrize("reach", [0.0, 0.5, 1.5, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_from_outside_the_box(
+    dtype: torch.dtype, reach: float, quantizer: str | None, path: str
+) -> None:
+    """A radius made smaller in mid-training; decay by η λ = reach on top of it.
 
     There γ may lie on either side of the closed form, whatever end that is at.
     """
-    gammas = set()
+    check_single_steps(dtype, quantizer, reach, (2.0, 0.5), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("quantizer", [None, "binary"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_decay_carries_out_of_the_box(dtype: torch.dtype, quantizer: str | None, path: str) -> None:
+    """Every weight starts inside, and η λ = 3 puts it outside on the other side, at γ = 0."""
+    check_single_steps(dtype, quantizer, 3.0, (1.0, 1.0), path)
+
+
+def check_single_steps(
+    dtype: torch.dtype,
+    quantizer: str | None,
+    reach: float,
+    radii: tuple[float, float],
+    path: str,
+) -> None:
+    """One step from each of many places, with the second radius, beside the transcription."""
+    lr, gammas = 0.5, set()
+    before, radius = radii
     for seed in range(60):
         generator = np.random.default_rng(seed)
-        settings = Settings(
-            lr=0.5, weight_decay=2 * reach, quantizer=quantizer, radius=2.0, momentum=0.0
-        )
-        weights = generator.uniform(-2, 2, (2, 3))
-        p = Parameter(torch.tensor(weights))
-        expected = reference.make_parameter(weights, settings)
-        optimizer = ProjectedDFW(
-            [p],
-            lr=0.5,
-            weight_decay=2 * reach,
-            quantizer=quantizer,
-            radius=2.0,
-            momentum=0.0,
-            **PATHS[path],
-        )
-        optimizer.param_groups[0]["radius"] = 0.5
-        variable = expected.weights if isinstance(expected, FloatParameter) else expected.latent
-        variable.lower, variable.upper = -0.5, 0.5
-        gradient = generator.normal(0, 2, (2, 3))
+        start = torch.tensor(generator.uniform(-before, before, (2, 3))).to(dtype)
+        gradient = torch.tensor(generator.normal(0, 2, (2, 3))).to(dtype)
         loss = float(generator.choice([0.0, 0.1, 1.0, 3.0]))
-        p.grad = torch.tensor(gradient)
-        gamma = reference.step([expected], loss, [gradient])
+        options: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": reach / lr,
+            "quantizer": quantizer,
+            "radius": before,
+            "momentum": 0.0,
+        }
+        expected = reference.make_parameter(start.double().numpy(), Settings(**options))
+        variable = expected.weights if isinstance(expected, FloatParameter) else expected.latent
+        variable.lower, variable.upper = -radius, radius
+        p = Parameter(start.clone())
+        optimizer = ProjectedDFW([p], **options, **PATHS[path])
+        optimizer.param_groups[0]["radius"] = radius
+        p.grad = gradient.clone()
+        gamma = reference.step([expected], loss, [gradient.double().numpy()])
         optimizer.step(loss=loss)
-        assert optimizer.gamma is not None
-        assert float(optimizer.gamma) == pytest.approx(gamma, rel=1e-9, abs=1e-12)
-        torch.testing.assert_close(p.detach(), torch.tensor(expected.forward()))
+        rel, least = (1e-9, 1e-12) if dtype == torch.float64 else (1e-4, 1e-6)
+        assert float(optimizer.gamma) == pytest.approx(gamma, rel=rel, abs=least)
+        after = torch.tensor(expected.forward()).to(dtype)
+        torch.testing.assert_close(p.detach(), after, rtol=10 * rel, atol=10 * least)
         gammas.add(0.0 if gamma == 0 else 1.0 if gamma == 1 else 0.5)
     assert gammas == {0.0, 0.5, 1.0}
 
