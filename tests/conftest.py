@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from dfw_opt import fused, native
 
 torch.set_num_threads(1)
 
@@ -17,3 +22,24 @@ settings.register_profile("ci", parent=settings.get_profile("local"), derandomiz
 # For a search by hand: pytest --hypothesis-profile=thorough
 settings.register_profile("thorough", parent=settings.get_profile("local"), max_examples=5000)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def kernels_take_part(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A test of the path "fused" fails if torch did all of it, unless its dtype is not float32."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if params.get("path") != "fused" or params.get("dtype", torch.float32) != torch.float32:
+        yield
+        return
+    taken = []
+    start = fused.FusedVariables.__init__
+
+    def counted(self: fused.FusedVariables, *args: Any, **options: Any) -> None:
+        taken.append(self)
+        start(self, *args, **options)
+
+    monkeypatch.setattr(fused.FusedVariables, "__init__", counted)
+    yield
+    assert taken or native.library() is None, "no kernel ran: is a parameter not float32?"

@@ -23,6 +23,11 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 """The three implementations of a step, by the settings that ask for them."""
 
+WIDEST = {"single": torch.float64, "multi": torch.float64, "fused": torch.float32}
+"""The widest dtype of each; the kernels leave another to torch, and so would not be tested."""
+TORCH_PATHS = [path for path in PATHS if path != "fused"]
+"""Those that do every dtype and quantizer."""
+
 FLOAT_GROUP: dict[str, Any] = {"quantizer": None, "radius": None}
 
 

@@ -19,6 +19,7 @@ from helpers import (
     MAIN_KINDS,
     PATHS,
     QUANTIZED_KINDS,
+    TORCH_PATHS,
     Kind,
     assert_consistent,
     everything,
@@ -358,7 +359,7 @@ class TestMoves:
         assert_consistent(optimizer)
 
     @ALL_KINDS
-    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("path", TORCH_PATHS)
     def test_memory_format_after_construction(self, kind: Kind, path: str) -> None:
         """Other strides than the latents have: the same numbers but for the order of sums."""
         outcomes = []

@@ -12,6 +12,7 @@ from helpers import (
     MAIN_KINDS,
     PATHS,
     SHAPES,
+    TORCH_PATHS,
     Kind,
     assert_consistent,
     clone_params,
@@ -178,7 +179,7 @@ def test_foreach_equals_single_tensor(kind: Kind, seed: int, lr: float, decay: b
 
 
 @ALL_KINDS
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TORCH_PATHS)
 @settings(max_examples=15)
 @given(data=st.data())
 def test_splitting_and_ordering_groups_changes_nothing(

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import PATHS, everything, same_bits, to_numpy
+from helpers import PATHS, TORCH_PATHS, everything, same_bits, to_numpy
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import SGD, Adam
@@ -386,7 +386,7 @@ ALIG_SHARES = (0.0, 1e-3, 0.02, 0.1, 1.0)
 
 
 class TestAliG:
-    @ALL_PATHS
+    @pytest.mark.parametrize("path", TORCH_PATHS)
     @pytest.mark.parametrize("settings", [ALIG_SETTINGS, ALIG_MOMENTUM], ids=["plain", "momentum"])
     def test_trajectory(self, path: str, settings: tuple[dict[str, Any], ...]) -> None:
         """One max_lr, no weight decay: the same, momentum included, if eps is max_lr times theirs.
@@ -507,7 +507,7 @@ class TestAliG:
 
 
 class TestSGD:
-    @ALL_PATHS
+    @pytest.mark.parametrize("path", TORCH_PATHS)
     def test_full_steps_are_those_of_nesterov_sgd(self, path: str) -> None:
         """γ = 1, as for a loss large for its gradient: SGD(nesterov=True), decay included."""
         _, ours = start(torch.float64, DFW_SETTINGS)

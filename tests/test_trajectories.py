@@ -351,10 +351,10 @@ def test_end_points_from_outside_the_box(gradient: float, loss: float, expected:
 @pytest.mark.parametrize("path", PATHS)
 def test_one_projection_only(path: str) -> None:
     """At the end: a long step past the upper bound that momentum takes back is not cut before."""
-    p = Parameter(torch.tensor([-1.0], dtype=torch.float64))
+    p = Parameter(torch.tensor([-1.0]))
     optimizer = ProjectedDFW([p], lr=1.0, quantizer=None, radius=1.0, **PATHS[path])
     for gradient in (1.0, 1.0, 1.0, -2.2):
-        p.grad = torch.tensor([gradient], dtype=torch.float64)
+        p.grad = torch.tensor([gradient])
         optimizer.step(loss=10.0)
     # z = −1, −1.9, −2.71 at the lower bound; then z = −2.439 + 2.2 = −0.239
     assert p.item() == pytest.approx(-1 + 2.2 - 0.9 * 0.239)

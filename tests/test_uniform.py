@@ -22,6 +22,7 @@ import uniform_ranks
 from helpers import (
     FLOAT_GROUP,
     PATHS,
+    TORCH_PATHS,
     UNIFORM,
     assert_consistent,
     clone_params,
@@ -184,7 +185,7 @@ GROUPS: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = [
 
 
 class TestSteps:
-    @ALL_PATHS
+    @pytest.mark.parametrize("path", TORCH_PATHS)
     def test_trajectory(self, path: str) -> None:
         """A hundred steps against the literal transcription, in float64."""
         groups: list[dict[str, Any]] = []
