@@ -465,6 +465,9 @@ def draw_curves(data: Data) -> Figure:
                 axis.plot(epochs, values, style, color=LINES[optimizer], linewidth=1.2)
         axis.set_title(title, **TITLE)
         axis.set(ylim=(40, 92), yticks=[40, 50, 60, 70, 80, 90])
+    labels = [("dfw", 0, 26, 75), ("adam", 0, 16, 59), ("dfw", 1, 26, 79), ("sgd", 1, 26, 67)]
+    for optimizer, panel, x, y in labels:
+        axes[panel].text(x, y, results.NAMES[optimizer], color=LINES[optimizer])
     axes[-1].set_xlabel("epoch")
     return figure
 
