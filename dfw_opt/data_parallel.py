@@ -22,7 +22,7 @@ else:
         """What a torch that was built without torch.distributed has no instance of."""
 
 
-__all__ = ["ProcessGroup", "Ranks", "check_process_group", "mean_loss"]
+__all__ = ["ProcessGroup", "Ranks", "check_process_group", "mean_loss", "scalar"]
 
 Ranks = ProcessGroup | Literal["world"] | None
 """Over which ranks a loss is averaged: all, those of a group, or no others."""
@@ -65,12 +65,7 @@ def mean_loss(
         return lambda: loss
     # In one type on all ranks, whatever they were given.
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    if isinstance(loss, Tensor):
-        total = loss.detach().reshape(()).to(device, dtype, copy=True)
-    else:
-        if abs(loss) > torch.finfo(dtype).max:  # which torch refuses to round
-            loss = math.inf
-        total = torch.full((), loss, device=device, dtype=dtype)  # which waits for no device
+    total = scalar(loss, device, dtype)
     work = dist.all_reduce(total, group=group, async_op=True)
 
     def wait() -> Tensor:
@@ -78,3 +73,12 @@ def mean_loss(
         return total / ranks
 
     return wait
+
+
+def scalar(loss: Tensor | float, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    """A loss as a new 0-dim tensor."""
+    if isinstance(loss, Tensor):
+        return loss.detach().reshape(()).to(device, dtype, copy=True)
+    if abs(loss) > torch.finfo(dtype).max:  # which torch refuses to round
+        loss = math.inf
+    return torch.full((), loss, device=device, dtype=dtype)  # which waits for no device

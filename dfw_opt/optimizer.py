@@ -5,7 +5,6 @@ the latents, in its state; the model holds the quantized weights, at all times.
 """
 
 import ctypes
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any, overload
@@ -17,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dfw_opt import native
 from dfw_opt.checkpoint import momentum_key
-from dfw_opt.data_parallel import Ranks, check_process_group, mean_loss
+from dfw_opt.data_parallel import Ranks, check_process_group, mean_loss, scalar
 from dfw_opt.fused import KINDS, LEAST_ELEMENTS, FusedVariables, fits
 from dfw_opt.objective import value_of_loss
 from dfw_opt.quantizers import QUANTIZERS, Pulled, State
@@ -438,12 +437,8 @@ def _scalar(loss: Tensor | float, batches: Sequence[Batch]) -> Tensor:
     """The loss where the sums are made, 0-dim, in float32 or wider."""
     values = [batch.values[0] for batch in batches]
     dtype = reduce(torch.promote_types, (v.dtype for v in values), torch.float32)
-    if isinstance(loss, Tensor):
-        device = values[0].device if values else loss.device
-        return loss.detach().reshape(()).to(device, dtype)
-    if abs(loss) > torch.finfo(dtype).max:  # which torch refuses to round
-        loss = math.inf
-    return torch.full((), loss, dtype=dtype, device=values[0].device if values else None)
+    own = loss.device if isinstance(loss, Tensor) else None
+    return scalar(loss, values[0].device if values else own, dtype)
 
 
 def _totals(terms: list[tuple[Tensor, ...]], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ r"""Weights of a few bits on a uniform grid, with one spacing per output channel
 
 The channel is the first dimension of the weight; of a transposed convolution that is its *input*
 channel. There are :math:`2q + 1` levels, symmetric around 0: the most negative number of two's
-complement is left out, so that :math:`-u` has the weights :math:`-Q(u)`. A latent
-halfway between two levels goes to the even one.
+complement is left out, so that :math:`-u` has the weights :math:`-Q(u)`. A latent halfway
+between two levels goes to the even one.
 
 The largest latent of a channel is on the last level, whatever it is, so nothing is ever clipped.
 The scale :math:`a` is not trained: it follows the latent. With :math:`g` the gradient at
