@@ -98,6 +98,12 @@ def parser() -> argparse.ArgumentParser:
     add("--radius", type=_real(0, math.inf), help="of dfw's box (default: 1)")
     add("--step-size", choices=("exact", "closed_form"), help="of dfw in its box (default: exact)")
     add("--epochs", type=whole(1), help="default: 20")
+    add(
+        "--float-epochs",
+        type=whole(0),
+        metavar="N",
+        help="train float weights for the first N of them, and quantize them then (default: 0)",
+    )
     add("--batch-size", type=whole(1), help="default: 128; digits 32")
     add(
         "--schedule",
@@ -176,6 +182,8 @@ def _run(given: dict[str, Any], job: dict[str, Any], out: Path, team: "Team") ->
     for name in ("table", "bench"):
         if job["export"] and job[name]:
             raise UserError(f"--export does not go with --{name}, which trains no single network")
+        if given.get("float_epochs") and job[name]:
+            raise UserError(f"--float-epochs does not go with --{name}; leave it out")
         if job[name] and team.size > 1:
             raise UserError(f"--{name} is for one process; start it without torchrun")
     if job["download"]:

@@ -12,7 +12,14 @@ from .errors import UserError
 # What may differ when a run is resumed: where it happens, not what happens.
 _PLACE = frozenset({"data", "device", "threads"})
 # What runs were before they could choose it.
-_BEFORE = {"arch": "resnet20", "average": None, "bits": None, "radius": None, "step_size": None}
+_BEFORE = {
+    "arch": "resnet20",
+    "average": None,
+    "bits": None,
+    "float_epochs": 0,
+    "radius": None,
+    "step_size": None,
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Settings:
     radius: float | None
     step_size: str | None
     epochs: int
+    float_epochs: int
     batch_size: int
     schedule: str
     average: float | None
@@ -69,6 +77,7 @@ class Settings:
             "radius": None,
             "step_size": None,
             "epochs": 20,
+            "float_epochs": 0,
             "batch_size": 32 if digits else 128,
             "schedule": "parq" if optimizer == "parq" else "cosine",
             "average": None,
@@ -116,6 +125,10 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a checkpoint."""
         return dataclasses.asdict(self)
+
+    def at(self, epoch: int) -> "Settings":
+        """What decides how the epoch with this number (from 0) trains: at first maybe float."""
+        return dataclasses.replace(self, net="float") if epoch < self.float_epochs else self
 
     @property
     def loss_name(self) -> str:
@@ -165,6 +178,15 @@ def _check(chosen: dict[str, Any]) -> None:
         raise UserError(f"--shortcut {chosen['shortcut']} is for --arch resnet20; leave it out")
     if chosen["optimizer"] == "parq" and chosen["net"] not in ("binary", "ternary"):
         raise UserError("--optimizer parq is for --net binary and ternary")
+    if chosen["float_epochs"] and chosen["net"] == "float":
+        raise UserError("--float-epochs is for nets whose weights are quantized later")
+    if chosen["float_epochs"] and chosen["optimizer"] == "parq":
+        raise UserError("--float-epochs is for dfw, adam and sgd; parq starts from float by itself")
+    if chosen["float_epochs"] >= chosen["epochs"]:
+        raise UserError(
+            f"--float-epochs {chosen['float_epochs']} must be less than the {chosen['epochs']} "
+            "of --epochs, or nothing is quantized"
+        )
     if chosen["optimizer"] == "parq" and chosen["average"] is not None:
         raise UserError("--average is for the optimizers dfw, adam and sgd")
 

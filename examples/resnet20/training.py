@@ -47,6 +47,8 @@ class Run:
             raise UserError("--compile is for one process; start it without torchrun")
         if settings.average is not None and team.size > 1:
             raise UserError("--average is for one process; start it without torchrun")
+        if settings.float_epochs and team.size > 1:
+            raise UserError("--float-epochs is for one process; start it without torchrun")
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         if settings.device.startswith("cuda"):
@@ -61,18 +63,23 @@ class Run:
         model = nets.build(settings.net, settings.shortcut, settings.seed, settings.arch)
         self.model = model.to(self.device)
         team.share_statistics(self.model)
+        self.criterion = criterion(settings)
+        self.history: list[report.Row] = []
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        """Make the optimizer that trains from this epoch on, and all that follows from it."""
+        settings = self.settings.at(epoch)
         self.optimizer = attach(self.model, settings, settings.epochs * self.steps_per_epoch)
         self._layers = layers(self.model)
         self.average: Average | None = None
         if settings.average is not None:
             self.average = Average(self.model, self.optimizer, settings.average)
-        self.criterion = criterion(settings)
         self._alone: Callable[[Tensor], Tensor] = self.model
         if settings.compile:
             self._alone = torch.compile(self.model)
-        self.forward = team.parallel(self._alone)
+        self.forward = self.team.parallel(self._alone)
         self.watch = WeightWatch(self.model, self.optimizer)
-        self.history: list[report.Row] = []
 
     @property
     def epoch(self) -> int:
@@ -120,6 +127,8 @@ class Run:
 
     def train_epoch(self) -> report.Row:
         """Train for one epoch, evaluate, and add a row to the history."""
+        if 0 < self.epoch == self.settings.float_epochs:
+            self._begin(self.epoch)
         skipped_before = self._skipped()
         start = time.perf_counter()
         title = f"epoch {self.epoch + 1}/{self.settings.epochs}"
@@ -190,6 +199,8 @@ class Run:
             raise UserError(
                 "the run to resume was on other images; give the --data that it began with"
             )
+        if 0 < self.settings.float_epochs < len(state["history"]):
+            self._begin(self.settings.float_epochs)
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -266,11 +277,12 @@ def describe(run: Run) -> str:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     shortcuts = f", {settings.shortcut} shortcuts" if settings.arch == "resnet20" else ""
     average = f", average {settings.average:g}" if settings.average is not None else ""
+    first = f", first {settings.float_epochs} epochs float" if settings.float_epochs else ""
     together = f", {run.team.size} processes" if run.team.size > 1 else ""
     done = f"; {run.epoch} of {settings.epochs} epochs done" if run.epoch else ""
     return (
         f"{settings.net} {nets.ARCHES[settings.arch]} ({parameters:,} parameters{shortcuts}), "
-        f"{settings.optimizer}, lr {settings.lr:g}, {settings.loss_name} loss{average}; "
+        f"{settings.optimizer}, lr {settings.lr:g}, {settings.loss_name} loss{average}{first}; "
         f"{run.data.name}, {len(run.data.train):,} training and {len(run.data.held_out):,} "
         f"{run.data.held_out_name} images; {settings.device}, "
         f"{settings.precision}{together}{done}"
