@@ -182,10 +182,10 @@ def _run(given: dict[str, Any], job: dict[str, Any], out: Path, team: "Team") ->
     for name in ("table", "bench"):
         if job["export"] and job[name]:
             raise UserError(f"--export does not go with --{name}, which trains no single network")
-        if given.get("float_epochs") and job[name]:
-            raise UserError(f"--float-epochs does not go with --{name}; leave it out")
         if job[name] and team.size > 1:
             raise UserError(f"--{name} is for one process; start it without torchrun")
+    if job["bench"] and given.get("float_epochs"):
+        raise UserError("--float-epochs does not go with --bench; leave it out")
     if job["download"]:
         given.setdefault("data", "data")
     if team.leads:

@@ -194,7 +194,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where `state_dict` was called."""
+        """Go to where `state_dict` was called, in a run that has not begun."""
         if state["data"] != self.data.digest:
             raise UserError(
                 "the run to resume was on other images; give the --data that it began with"
