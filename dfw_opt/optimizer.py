@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from dfw_opt import native
+from dfw_opt import native, relaxation
 from dfw_opt.checkpoint import momentum_key
 from dfw_opt.data_parallel import Ranks, check_process_group, mean_loss, scalar
 from dfw_opt.fused import KINDS, LEAST_ELEMENTS, FusedVariables, fits
 from dfw_opt.objective import value_of_loss
 from dfw_opt.quantizers import QUANTIZERS, Pulled, State
+from dfw_opt.relaxation import relaxation_of
 from dfw_opt.sharding import (
     Groups,
     all_groups,
@@ -141,7 +142,8 @@ class FrankWolfe(LatentOptimizer):
             TypeError: both of ``closure`` and ``loss`` were given, or neither and none is watched;
                 or the loss is not a number.
             ValueError: the loss is not a scalar; or the quantizer of a group has been changed, or
-                an option of one (``threshold``, ``bits``) has been set to what it may not be.
+                its ``relaxation`` or an option of its quantizer (``threshold``, ``bits``) has been
+                set to what it may not be.
             RuntimeError: a gradient is sparse; or the watched module has taken part in no
                 ``backward()`` since the last step.
 
@@ -235,6 +237,8 @@ class FrankWolfe(LatentOptimizer):
         for group in self.param_groups:
             group.setdefault("foreach", None)
             group.setdefault("fused", None)
+            if "relaxation" in self.defaults:
+                group.setdefault("relaxation", 0.0)
             # Options of quantizers that came after the checkpoint or the pickle.
             for name in all_options().keys() & self.defaults.keys():
                 group.setdefault(name, self.defaults[name])
@@ -295,6 +299,7 @@ class FrankWolfe(LatentOptimizer):
         if (
             not _fused(group)
             or group.get("quantizer") not in KINDS
+            or relaxation_of(group) > 0
             or len(pointers) < len(group["params"])  # one twice: two threads would meet in it
         ):
             kernels = None
@@ -396,7 +401,7 @@ class FrankWolfe(LatentOptimizer):
         if group.get("quantizer") is not None:
             for p in group["params"]:
                 if p in written:
-                    self._note_written(p)
+                    self._note_written(p, group)
                 elif p.grad is not None:
                     state = self.state[p]
                     for key, value in QUANTIZERS[group["quantizer"]].derive(state, group).items():
@@ -417,9 +422,8 @@ def _variables(
     if group.get("quantizer") is None:
         yield "", p, Pulled(p.grad, None), None
         return
-    quantizer = QUANTIZERS[group["quantizer"]]
-    pulled = quantizer.pull_back(p.grad, state, group)
-    for key, bounds in quantizer.variables.items():
+    pulled = relaxation.pull_back(p.grad, state, group, relaxation_of(group))
+    for key, bounds in QUANTIZERS[group["quantizer"]].variables.items():
         yield key, state[key], pulled[key], bounds
 
 

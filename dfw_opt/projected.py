@@ -49,6 +49,9 @@ class ProjectedDFW(FrankWolfe):
             make a group plain :class:`DFW`, as biases and norms need.
         step_size: ``"exact"`` solves for :math:`\gamma` over the box; ``"closed_form"`` takes
             that of :class:`DFW`, as if there were no box, and projects afterwards.
+        relaxation: :math:`\theta \in [0, 1]`, for a start with float weights: quantized parameters
+            hold :math:`(1 - \theta)\,Q(u) + \theta\,c\,u`. A group key that is to be lowered to 0
+            over training, as ``lr`` is; each step takes it anew. See :mod:`dfw_opt.relaxation`.
         foreach: as in :class:`DFW`.
         fused: as in :class:`DFW`.
         process_group: as in :class:`DFW`.
@@ -86,6 +89,7 @@ class ProjectedDFW(FrankWolfe):
         bits: int = 4,
         radius: float | None = 1.0,
         step_size: str = "exact",
+        relaxation: float = 0.0,
         foreach: bool | None = None,
         fused: bool | None = None,
         process_group: Ranks = "world",
@@ -101,6 +105,7 @@ class ProjectedDFW(FrankWolfe):
                 "bits": bits,
                 "radius": radius,
                 "step_size": step_size,
+                "relaxation": relaxation,
                 "foreach": foreach,
                 "fused": fused,
             },

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from dfw_opt import relaxation
 from dfw_opt.checkpoint import check_checkpoint, momentum_key
 from dfw_opt.quantizers import QUANTIZERS, Group, State
+from dfw_opt.relaxation import relaxation_of
 from dfw_opt.sharding import is_sharded, local, placed_like, replicated, settled
 from dfw_opt.update import UNBOUNDED, Bounds, Variables, wide
 
@@ -31,8 +33,8 @@ class LatentOptimizer(Optimizer):
     """An optimizer whose state holds latents, and whose parameters hold them quantized."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        # At which version of its tensor a quantized parameter was last written.
-        self._written: dict[Tensor, int] = {}
+        # At which version of its tensor a quantized parameter was last written, and how relaxed.
+        self._written: dict[Tensor, tuple[int, float]] = {}
         # The quantizer of each parameter, which decides what its state holds.
         self._chosen: dict[Tensor, str | None] = {}
         super().__init__(params, defaults)
@@ -157,27 +159,27 @@ class LatentOptimizer(Optimizer):
 
     def _publish(self, p: Tensor, group: dict[str, Any], counts: Tensor | None = None) -> None:
         """Sets ``p`` to its quantized latent; unless ``counts``, on its device, says not to."""
-        weight = QUANTIZERS[group["quantizer"]].quantize(self.state[p], group)
+        weight = relaxation.quantize(self.state[p], group, relaxation_of(group))
         if counts is None:
             p.copy_(weight)
         else:
             mine, weight = local(p), local(placed_like(weight, p))
             mine.copy_(torch.where(counts.to(mine.device), weight.to(mine.dtype), mine))
-        self._note_written(p)
+        self._note_written(p, group)
 
-    def _note_written(self, p: Tensor) -> None:
+    def _note_written(self, p: Tensor, group: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self._written[p] = p._version
+            self._written[p] = (p._version, relaxation_of(group))
 
     def _warn_if_overwritten(self, p: Tensor, group: dict[str, Any]) -> None:
         """Values that others put into a quantized parameter are about to be lost: say so."""
         if torch.compiler.is_compiling():
             return
-        version = self._written.get(p)
-        if version is None or version == p._version:
+        version, theta = self._written.get(p, (p._version, 0.0))
+        if version == p._version:
             return
-        self._written[p] = p._version
-        if not torch.equal(p, QUANTIZERS[group["quantizer"]].quantize(self.state[p], group).to(p)):
+        self._written[p] = (p._version, theta)
+        if not torch.equal(p, relaxation.quantize(self.state[p], group, theta).to(p)):
             warnings.warn(
                 f"a quantized parameter of shape {tuple(p.shape)} was changed from outside since "
                 "the last step. The change is lost: the optimizer's latents know nothing of it. "

@@ -30,6 +30,7 @@ class TernaryDFW(FrankWolfe):
         threshold: :math:`t \in [0, 1)`; weights with :math:`|u| \le t \max|u|` are 0.
         radius: :math:`R`, as in :class:`ProjectedDFW`.
         step_size: as in :class:`ProjectedDFW`.
+        relaxation: :math:`\theta`, as in :class:`ProjectedDFW`.
         foreach: as in :class:`DFW`.
         fused: as in :class:`DFW`.
         process_group: as in :class:`DFW`.
@@ -67,6 +68,7 @@ class TernaryDFW(FrankWolfe):
         threshold: float = 0.05,
         radius: float | None = 1.0,
         step_size: str = "exact",
+        relaxation: float = 0.0,
         foreach: bool | None = None,
         fused: bool | None = None,
         process_group: Ranks = "world",
@@ -82,6 +84,7 @@ class TernaryDFW(FrankWolfe):
                 "threshold": threshold,
                 "radius": radius,
                 "step_size": step_size,
+                "relaxation": relaxation,
                 "foreach": foreach,
                 "fused": fused,
             },

@@ -27,16 +27,19 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "weight_decay": (lambda x: x >= 0, "at least 0"),
     "eps": (lambda x: x >= 0, "at least 0"),
     "radius": (lambda x: x > 0, "greater than 0, or None for no box"),
+    "relaxation": (lambda x: 0 <= x <= 1, "in [0, 1]"),
 }
 
-SETTINGS = frozenset({*_RANGES, "quantizer", "step_size"})
-"""The hyper-parameters that decide what a step computes, but for options of quantizers."""
+SETTINGS = frozenset({*_RANGES, "quantizer", "step_size"} - {"relaxation"})
+"""The hyper-parameters that decide what a step computes, but for options of quantizers, and but for
+the relaxation, which older checkpoints lack: 0."""
 
 # Settings that not all optimizers have, and one that does.
 _SPECIAL = {
     "quantizer": "ProjectedDFW or TernaryDFW",
     "radius": "ProjectedDFW or TernaryDFW",
     "step_size": "ProjectedDFW or TernaryDFW",
+    "relaxation": "ProjectedDFW or TernaryDFW",
 }
 
 
@@ -54,7 +57,7 @@ def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) ->
                 f"{name}={group[name]!r} is no setting of this optimizer; use {optimizer}"
             )
     for name in known:
-        if name in _RANGES and not (name == "radius" and group[name] is None):
+        if name in _RANGES and name in group and not (name == "radius" and group[name] is None):
             _check_number(name, group[name], *_RANGES[name])
         elif name in options and name in group:
             _check_number(name, group[name], options[name].test, options[name].meaning)
@@ -77,6 +80,8 @@ def check_options(group: Mapping[str, Any]) -> None:
     """
     for option in options_of(group.get("quantizer")):
         _check_number(option.name, group[option.name], option.test, option.meaning)
+    if group.get("quantizer") is not None:
+        _check_number("relaxation", group["relaxation"], *_RANGES["relaxation"])
 
 
 def all_options() -> dict[str, Option]:

@@ -104,6 +104,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="train float weights for the first N of them, and quantize them then (default: 0)",
     )
+    add(
+        "--relax",
+        type=_real(0, 1),
+        metavar="SHARE",
+        help="with dfw, go from float weights to quantized ones over this share of the run, such "
+        "as 0.75",
+    )
     add("--batch-size", type=whole(1), help="default: 128; digits 32")
     add(
         "--schedule",
@@ -175,7 +182,7 @@ def _run_in_team(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
 def _run(given: dict[str, Any], job: dict[str, Any], out: Path, team: "Team") -> None:
     from resnet20 import checkpoint, export, table
     from resnet20.bench import bench
-    from resnet20.settings import Settings
+    from resnet20.settings import Settings, option
     from resnet20.training import train
 
     resume = bool(job["resume"])
@@ -184,8 +191,9 @@ def _run(given: dict[str, Any], job: dict[str, Any], out: Path, team: "Team") ->
             raise UserError(f"--export does not go with --{name}, which trains no single network")
         if job[name] and team.size > 1:
             raise UserError(f"--{name} is for one process; start it without torchrun")
-    if job["bench"] and given.get("float_epochs"):
-        raise UserError("--float-epochs does not go with --bench; leave it out")
+    for name in ("float_epochs", "relax"):
+        if job["bench"] and given.get(name):
+            raise UserError(f"{option(name)} does not go with --bench; leave it out")
     if job["download"]:
         given.setdefault("data", "data")
     if team.leads:

@@ -140,7 +140,11 @@ def everything(optimizer: Optimizer) -> Any:
 
 def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
     """What the parameter must hold, from the optimizer's state alone."""
-    state = optimizer.state[p]
+    state, theta = optimizer.state[p], group["relaxation"]
+    if theta > 0:
+        hard = forward_weights(optimizer, group | {"relaxation": 0.0}, p.to(state["latent"].dtype))
+        mixed: Tensor = (1 - theta) * hard + theta * state["unit"] * state["latent"]
+        return mixed.to(p.dtype)
     if group["quantizer"] == "binary":
         return binary.quantize(state["latent"], state["unit"], state["scale"]).to(p.dtype)
     if group["quantizer"] == "uniform":

@@ -139,6 +139,7 @@ class Settings:
     threshold: float = 0.05
     bits: int = 4
     step_size: str = "exact"
+    relaxation: float = 0.0
 
 
 @dataclass
@@ -320,7 +321,32 @@ class UniformParameter:
         return [Move(self.latent, c * gradient / (c * c), c * c, self.settings)]
 
 
-Parameter = FloatParameter | BinaryParameter | TernaryParameter | UniformParameter
+class RelaxedParameter:
+    """Q_θ = (1 − θ) Q + θ c u, where Q is that of another parameter."""
+
+    def __init__(self, quantized: BinaryParameter | TernaryParameter | UniformParameter) -> None:
+        self.quantized, self.settings = quantized, quantized.settings
+        self.unit, self.latent = quantized.unit, quantized.latent
+
+    def forward(self) -> Array:
+        theta = self.settings.relaxation
+        return (1 - theta) * self.quantized.forward() + theta * self.unit * self.latent.value
+
+    def moves(self, gradient: Array) -> list[Move]:
+        """δ_θ = (1 − θ) δ + θ c g,  M_θ = ((1 − θ) √M + θ c)²;  d_θ = (1 − θ) d of a scale."""
+        theta, c = self.settings.relaxation, self.unit
+        hard, *scales = self.quantized.moves(gradient)
+        delta = (1 - theta) * hard.metric * hard.gradient + theta * c * gradient
+        metric = ((1 - theta) * math.sqrt(hard.metric) + theta * c) ** 2
+        return [
+            Move(self.latent, delta / metric, metric, self.settings),
+            *(Move(s.variable, (1 - theta) * s.gradient, s.metric, s.settings) for s in scales),
+        ]
+
+
+Parameter = (
+    FloatParameter | BinaryParameter | TernaryParameter | UniformParameter | RelaxedParameter
+)
 
 
 def make_parameter(weights: Array, settings: Settings) -> Parameter:

@@ -254,6 +254,7 @@ SETTINGS: Settings = {
     **{f"{kind} lr tensor": (kind, FEW, {"lr": torch.tensor([LR])}) for kind in MAIN_KINDS},
     "binary in a small box": (MAIN_KINDS[1], FEW, {"radius": 0.3}),
     "ternary far from zero": (MAIN_KINDS[2], FEW, {"threshold": 0.4}),
+    **{f"{kind} relaxed": (kind, FEW, {"relaxation": 0.6}) for kind in MAIN_KINDS[1:]},
 }
 ON_FOUR: Settings = {str(kind): SETTINGS[str(kind)] for kind in FOUR}
 """What four ranks train as well: two have shown that the settings make no difference."""

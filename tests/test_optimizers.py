@@ -208,10 +208,11 @@ BAD_VALUES: dict[str, list[Any]] = {
     "radius": [0.0, -1.0, math.nan, math.inf, "1"],
     "quantizer": ["quaternary", 2],
     "step_size": ["newton", None],
+    "relaxation": [-0.1, 1.5, math.nan, "1", None, True, torch.tensor(0.5)],
     "threshold": [-0.1, 1.0, math.nan, None],
 }
 OF_DFW = ("lr", "momentum", "weight_decay", "eps", "foreach", "fused")
-OF_PROJECTED = (*OF_DFW, "radius", "quantizer", "step_size")
+OF_PROJECTED = (*OF_DFW, "radius", "quantizer", "step_size", "relaxation")
 SETTINGS = (OF_DFW, OF_PROJECTED, (*OF_PROJECTED, "threshold"))
 
 

@@ -17,6 +17,7 @@ from dfw_opt.quantizers.uniform import largest_of_channel
 SETTINGS: Any = {
     "plain": (UNIFORM, FEW, {}),
     "decay": (UNIFORM, FEW, {"bits": 2, "weight_decay": 0.1, "radius": 0.5}),
+    "relaxed": (UNIFORM, FEW, {"relaxation": 0.6}),
 }
 SHAPES = ((3, 5), (5, 3), (1, 4), (4, 1), (2, 3, 2, 2), (3, 0))
 

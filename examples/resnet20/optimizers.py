@@ -72,5 +72,7 @@ def _dfw(model: Network, settings: Settings) -> FrankWolfe:
     for name in ("radius", "step_size"):  # else the optimizer's own
         if (value := getattr(settings, name)) is not None:
             quantized[name] = value
+    if settings.relax:
+        quantized["relaxation"] = 1.0  # which the loop lowers
     optimizer = TernaryDFW if settings.net == "ternary" else ProjectedDFW
     return optimizer([quantized, rest], lr=settings.lr, momentum=settings.momentum)

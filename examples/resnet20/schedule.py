@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, so that a resumed run needs no scheduler state."""
+"""Learning rate and relaxation by the step, so that a resumed run needs no scheduler state."""
 
 import math
 
@@ -19,3 +19,11 @@ def learning_rate(schedule: str, base: float, step: int, steps: int) -> float:
     if schedule == "parq":
         return base * 0.1 ** sum(step >= share * steps for share in (0.4, 0.6, 0.75))
     return base
+
+
+def relaxation(share: float, step: int, steps: int) -> float:
+    """How far from quantized the weights are after ``step`` of ``steps``.
+
+    It falls evenly from 1 before the first step to 0 after ``share`` of all steps.
+    """
+    return max(0.0, 1 - (step + 1) / (share * steps))

@@ -18,6 +18,7 @@ _BEFORE = {
     "bits": None,
     "float_epochs": 0,
     "radius": None,
+    "relax": 0.0,
     "step_size": None,
 }
 
@@ -40,6 +41,7 @@ class Settings:
     step_size: str | None
     epochs: int
     float_epochs: int
+    relax: float
     batch_size: int
     schedule: str
     average: float | None
@@ -78,6 +80,7 @@ class Settings:
             "step_size": None,
             "epochs": 20,
             "float_epochs": 0,
+            "relax": 0.0,
             "batch_size": 32 if digits else 128,
             "schedule": "parq" if optimizer == "parq" else "cosine",
             "average": None,
@@ -187,6 +190,10 @@ def _check(chosen: dict[str, Any]) -> None:
             f"--float-epochs {chosen['float_epochs']} must be less than the {chosen['epochs']} "
             "of --epochs, or nothing is quantized"
         )
+    if chosen["relax"] and (chosen["optimizer"] != "dfw" or chosen["net"] == "float"):
+        raise UserError("--relax is for --optimizer dfw with quantized weights")
+    if chosen["relax"] and chosen["float_epochs"]:
+        raise UserError("--relax and --float-epochs both start from float weights; choose one")
     if chosen["optimizer"] == "parq" and chosen["average"] is not None:
         raise UserError("--average is for the optimizers dfw, adam and sgd")
 

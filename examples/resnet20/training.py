@@ -19,7 +19,7 @@ from .errors import UserError
 from .meter import Meter
 from .optimizers import FrankWolfe, attach, criterion
 from .progress import EpochBar
-from .schedule import learning_rate
+from .schedule import learning_rate, relaxation
 from .settings import Settings
 from .straight_through import layers
 from .watch import WeightWatch
@@ -121,6 +121,8 @@ class Run:
             lr = learning_rate(settings.schedule, settings.lr, i, settings.epochs * count)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+                if settings.relax:
+                    group["relaxation"] = relaxation(settings.relax, i, settings.epochs * count)
             loss, correct = self.train_step(images, labels)
             meter.add(loss, correct, size, getattr(self.optimizer, "gamma", None))
             yield meter
@@ -278,6 +280,7 @@ def describe(run: Run) -> str:
     shortcuts = f", {settings.shortcut} shortcuts" if settings.arch == "resnet20" else ""
     average = f", average {settings.average:g}" if settings.average is not None else ""
     first = f", first {settings.float_epochs} epochs float" if settings.float_epochs else ""
+    first += f", relaxed for {settings.relax:.0%} of the run" if settings.relax else ""
     together = f", {run.team.size} processes" if run.team.size > 1 else ""
     done = f"; {run.epoch} of {settings.epochs} epochs done" if run.epoch else ""
     return (

@@ -1,0 +1,369 @@
+"""Relaxed weights, between float and quantized: the group key `relaxation`."""
+
+# torch leaves unique() untyped.
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import reference
+import torch
+from helpers import (
+    FLOAT_GROUP,
+    PATHS,
+    QUANTIZED_KINDS,
+    TORCH_PATHS,
+    UNIFORM,
+    Kind,
+    assert_consistent,
+    clone_params,
+    draw_gradients,
+    everything,
+    make_params,
+    same_bits,
+    to_numpy,
+    train,
+)
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from reference import Settings
+from test_trajectories import assert_state, walk
+from torch import Tensor
+from torch.nn import Parameter
+
+from dfw_opt import DFW, AveragedModel, ProjectedDFW, TernaryDFW, relaxation
+from dfw_opt.quantizers import QUANTIZERS
+
+ALL_KINDS = [*QUANTIZED_KINDS, UNIFORM]
+QUANTIZED = pytest.mark.parametrize("kind", ALL_KINDS, ids=str)
+ALL_PATHS = pytest.mark.parametrize("path", PATHS)
+THETAS = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
+
+
+def relax(optimizer: Any, theta: float) -> None:
+    for group in optimizer.param_groups:
+        group["relaxation"] = theta
+
+
+def group_of(quantizer: str, theta: float) -> dict[str, Any]:
+    own = {"threshold": 0.2, "bits": 2, "radius": 1.0}
+    return {"quantizer": quantizer, "relaxation": theta, **own}
+
+
+class TestFormula:
+    @given(st.sampled_from(sorted(QUANTIZERS)), THETAS, st.integers(0, 10**6))
+    def test_weights_and_gradients(self, quantizer: str, theta: float, seed: int) -> None:
+        """Against the literal transcription, in float64."""
+        (p,) = make_params(((3, 4),), torch.float64, seed)
+        group = group_of(quantizer, theta)
+        own = Settings(quantizer=quantizer, radius=1.0, threshold=0.2, bits=2, relaxation=theta)
+        # For an empty zone the transcription has no scale.
+        assume(p.max() > 0.2 * p.abs().max() and p.min() < -0.2 * p.abs().max())
+        expected: Any = reference.make_parameter(to_numpy(p), own)
+        relaxed = reference.RelaxedParameter(expected)
+        state = QUANTIZERS[quantizer].start(p, group)
+        close = torch.testing.assert_close
+        close(relaxation.quantize(state, group, theta), torch.tensor(relaxed.forward()))
+        gradient = torch.randn(3, 4, dtype=torch.float64)
+        pulled = relaxation.pull_back(gradient, state, group, theta)
+        moves = relaxed.moves(to_numpy(gradient))
+        assert len(moves) == len(pulled)
+        for (d, metric), move in zip(pulled.values(), moves, strict=True):
+            close(d, torch.as_tensor(move.gradient))
+            assert float(metric) == pytest.approx(move.metric)  # type: ignore[arg-type]
+
+    @given(st.sampled_from(sorted(QUANTIZERS)), THETAS, st.integers(0, 10**6))
+    def test_no_unit_step_changes_the_weights_more(
+        self, quantizer: str, theta: float, seed: int
+    ) -> None:
+        """The metric: mean squared change of the weights by a unit of each latent, at most M."""
+        (p,) = make_params(((3, 4),), torch.float64, seed)
+        group = group_of(quantizer, theta)
+        state = QUANTIZERS[quantizer].start(p, group)
+        ones = torch.ones(3, 4, dtype=torch.float64)
+        d, metric = relaxation.pull_back(ones, state, group, theta)["latent"]
+        assert metric is not None
+        own_change = metric * d  # of each weight by its latent, since the gradient is 1
+        assert float(own_change.square().mean()) <= float(metric) * (1 + 1e-12)
+
+    @QUANTIZED
+    @pytest.mark.parametrize("path", TORCH_PATHS)
+    @pytest.mark.parametrize("momentum", [0.0, 0.9])
+    def test_fully_relaxed_is_float_in_a_box(self, kind: Kind, path: str, momentum: float) -> None:
+        """θ = 1: the steps of a float parameter with the box c R, γ included."""
+        params = make_params(((4, 6), (3, 2, 3, 3)), torch.float64)
+        twins = clone_params(params)
+        common: dict[str, Any] = {
+            "momentum": momentum,
+            "lr": 1.5,
+            "weight_decay": 0.02,
+            "step_size": kind.settings.get("step_size", "exact"),
+            **PATHS[path],
+        }
+        radius = 0.8
+        relaxed = kind.make(params, **common, radius=radius, relaxation=1.0)
+        boxes = [radius * float(p.detach().abs().max()) for p in twins]
+        groups = [{"params": [p], "radius": r} for p, r in zip(twins, boxes, strict=True)]
+        boxed = ProjectedDFW(groups, **common, quantizer=None)
+        gammas = []
+        for number in range(30):
+            draw_gradients(params, number, 0.3)
+            for p, twin in zip(params, twins, strict=True):
+                twin.grad = p.grad
+            loss = 10.0 ** (1 - number % 4)
+            for optimizer in (relaxed, boxed):
+                optimizer.step(loss=loss)
+            gammas.append(float(boxed.gamma))
+            assert float(relaxed.gamma) == pytest.approx(gammas[-1], abs=1e-10)
+            for p, twin in zip(params, twins, strict=True):
+                torch.testing.assert_close(p, twin, rtol=1e-9, atol=1e-11)
+        assert 1.0 in gammas
+        assert any(0 < gamma < 1 for gamma in gammas)
+        assert any((p.detach().abs() >= r - 1e-9).any() for p, r in zip(twins, boxes, strict=True))
+
+
+class TestSteps:
+    @pytest.mark.parametrize("path", TORCH_PATHS)
+    @pytest.mark.parametrize("optimizer", [ProjectedDFW, TernaryDFW])
+    def test_trajectory(self, path: str, optimizer: Any) -> None:
+        """A hundred steps against the transcription, while θ falls from 1 to 0 and stays there."""
+        first, second = ("binary", "uniform") if optimizer is ProjectedDFW else ("ternary",) * 2
+        setups: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = [
+            ([(3, 4), (2, 2, 2, 2)], {"quantizer": first, "radius": 1.0}),
+            ([(2, 7)], {"quantizer": second, "lr": 0.5, "momentum": 0.5, "radius": 0.5}),
+            ([(2, 6)], {"quantizer": first, "weight_decay": 0.1, "radius": None}),
+            ([(5,)], {**FLOAT_GROUP, "lr": 0.2}),
+        ]
+        groups, params, own = [], [], []
+        for number, (shapes, options) in enumerate(setups):
+            members = make_params(shapes, torch.float64, seed=number)
+            groups.append({"params": members, **options})
+            params += members
+            own += [Settings(**options, relaxation=1.0) for _ in members]
+        expected: list[reference.Parameter] = []
+        for p, s in zip(params, own, strict=True):
+            made: Any = reference.make_parameter(to_numpy(p), s)
+            expected.append(made if s.quantizer is None else reference.RelaxedParameter(made))
+        made_by = optimizer(groups, relaxation=1.0, **PATHS[path])
+        tolerance: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
+        gammas = set()
+        for number, loss, gradients in walk(expected):
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = None if gradient is None else torch.tensor(gradient)
+            theta = max(0.0, 1 - number / 80)
+            relax(made_by, theta)
+            before = [s.relaxation for s in own]
+            for s in own:
+                s.relaxation = theta
+            gamma = reference.step(expected, loss, gradients)
+            made_by.step(loss=loss)
+            assert float(made_by.gamma) == pytest.approx(gamma, rel=1e-9, abs=1e-10)
+            gammas.add(gamma if gamma in (0.0, 1.0) else 0.5)
+            for index, (p, e) in enumerate(zip(params, expected, strict=True)):
+                if gradients[index] is None:  # it holds what it held, as relaxed as it was
+                    own[index].relaxation = before[index]
+                inner = e.quantized if isinstance(e, reference.RelaxedParameter) else e
+                torch.testing.assert_close(p.detach(), torch.tensor(e.forward()), **tolerance)
+                if theta == 0 and gradients[index] is not None:
+                    assert_state(made_by, p, inner, tolerance)
+        assert gammas == {0.0, 0.5, 1.0}
+
+    @QUANTIZED
+    @ALL_PATHS
+    def test_from_float_to_quantized(self, kind: Kind, path: str) -> None:
+        """The weights as they were, then mixed ones, then levels, each after the step that says."""
+        params = make_params(((4, 60), (3, 2, 3, 3), (5,)))
+        before = clone_params(params)
+        optimizer = kind.make(params, lr=0.01, relaxation=1.0, **PATHS[path])
+        for p, q in zip(params, before, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
+        assert_consistent(optimizer)
+        for theta in (1.0, 0.7, 0.3, 0.01, 0.0, 0.0, 0.5, 0.0):
+            relax(optimizer, theta)
+            train(optimizer, params, 1)
+            assert_consistent(optimizer)
+            most = 7 if kind is UNIFORM else 3
+            for channel in params[0].detach():
+                assert (len(channel.unique()) <= most) == (theta == 0)
+
+    @pytest.mark.parametrize("kind", QUANTIZED_KINDS, ids=str)
+    @ALL_PATHS
+    def test_zero_is_as_without(self, kind: Kind, path: str) -> None:
+        params = make_params(((40, 60), (3, 2, 3, 3)))
+        twins = clone_params(params)
+        left = kind.make(params, relaxation=0.0, **PATHS[path])
+        right = kind.make(twins, **PATHS[path])
+        for optimizer, those in ((left, params), (right, twins)):
+            train(optimizer, those, 5)
+        assert everything(left) == everything(right)
+
+    @QUANTIZED
+    def test_kernels_leave_it_to_torch(self, kind: Kind) -> None:
+        """They do not know it: while it lasts, fused=True takes the same steps, to the bit."""
+        params = make_params(((40, 60), (3, 2, 3, 3)))
+        twins = clone_params(params)
+        left = kind.make(params, fused=True, foreach=None, relaxation=0.5)
+        right = kind.make(twins, fused=False, foreach=None, relaxation=0.5)
+        for optimizer, those in ((left, params), (right, twins)):
+            train(optimizer, those, 4)
+        assert all(same_bits(p, q) for p, q in zip(params, twins, strict=True))
+
+    def test_float_groups_do_not_read_it(self) -> None:
+        """So a loop can set it in all groups; a float group still has its kernels."""
+        params = make_params()
+        twins = clone_params(params)
+        left = ProjectedDFW(params, quantizer=None, radius=0.5, relaxation=0.7, fused=True)
+        right = ProjectedDFW(twins, quantizer=None, radius=0.5, fused=True)
+        for optimizer, those in ((left, params), (right, twins)):
+            train(optimizer, those, 3)
+        assert all(same_bits(p, q) for p, q in zip(params, twins, strict=True))
+
+    @QUANTIZED
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_step_that_is_skipped_changes_nothing(self, kind: Kind, bad: float) -> None:
+        params = make_params()
+        optimizer = kind.make(params, relaxation=0.5)
+        train(optimizer, params, 2)
+        before = everything(optimizer)
+        draw_gradients(params, 9)
+        optimizer.step(loss=bad)
+        assert everything(optimizer) == before
+
+
+def reloaded(optimizer: Any, params: list[Parameter], kind: Kind) -> tuple[Any, list[Parameter]]:
+    file = io.BytesIO()
+    torch.save((optimizer.state_dict(), [p.detach() for p in params]), file)
+    file.seek(0)
+    saved, weights = torch.load(file, weights_only=True)
+    fresh = [Parameter(w) for w in weights]
+    other = kind.make(fresh)
+    other.load_state_dict(saved)
+    return other, fresh
+
+
+class TestKeeping:
+    @QUANTIZED
+    def test_checkpoint(self, kind: Kind) -> None:
+        """The parameters are as relaxed as they were, and training goes on as it would have."""
+        params = make_params()
+        optimizer = kind.make(params, relaxation=0.4)
+        train(optimizer, params, 3)
+        other, fresh = reloaded(optimizer, params, kind)
+        assert [g["relaxation"] for g in other.param_groups] == [0.4, 0.4]
+        assert everything(other) == everything(optimizer)
+        for o, those in ((optimizer, params), (other, fresh)):
+            relax(o, 0.2)
+            train(o, those, 2, seed=1)
+        assert everything(other) == everything(optimizer)
+
+    @QUANTIZED
+    def test_checkpoint_from_before_there_was_relaxation(self, kind: Kind) -> None:
+        """It was 0 then, whatever the optimizer that loads it was made with."""
+        params = make_params()
+        optimizer = kind.make(params)
+        train(optimizer, params, 2)
+        saved = optimizer.state_dict()
+        for group in saved["param_groups"]:
+            del group["relaxation"]
+        fresh = clone_params(params)
+        other = kind.make(fresh, relaxation=0.5)
+        other.load_state_dict(saved)
+        assert [g["relaxation"] for g in other.param_groups] == [0.0, 0.0]
+        assert all(same_bits(p, q) for p, q in zip(params, fresh, strict=True))
+
+    def test_bad_checkpoint(self) -> None:
+        params = make_params()
+        optimizer = ALL_KINDS[0].make(params, relaxation=0.5)
+        saved = optimizer.state_dict()
+        saved["param_groups"][0]["relaxation"] = 1.5
+        before = everything(optimizer)
+        with pytest.raises(ValueError, match=r"relaxation=1.5 must be in \[0, 1\]"):
+            optimizer.load_state_dict(saved)
+        assert everything(optimizer) == before
+
+    @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+    @QUANTIZED
+    def test_copies(self, kind: Kind, way: Any) -> None:
+        params = make_params()
+        optimizer = kind.make(params, relaxation=0.5)
+        train(optimizer, params, 2)
+        twins, other = way((params, optimizer))
+        for o, those in ((optimizer, params), (other, twins)):
+            train(o, those, 2, seed=1)
+        assert everything(other) == everything(optimizer)
+
+    @QUANTIZED
+    def test_the_same_values_again_are_no_change(self, kind: Kind) -> None:
+        """As when a model is loaded after its optimizer, and the loop then lowers θ."""
+        params = make_params()
+        optimizer = kind.make(params, relaxation=0.5)
+        train(optimizer, params, 1)
+        with torch.no_grad():
+            for p in params:
+                p.copy_(p.clone())
+        relax(optimizer, 0.25)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(optimizer, params, 1)
+        with torch.no_grad():
+            params[0].mul_(2)
+        with pytest.warns(UserWarning, match="changed from outside"):
+            train(optimizer, params, 1)
+
+    def test_average_is_quantized(self) -> None:
+        """An average is for use, whatever training has come to."""
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 4, bias=False)
+        optimizer = ProjectedDFW(model.parameters(), relaxation=0.9)
+        average = AveragedModel(model, optimizer)
+        for _ in range(3):
+            train(optimizer, [model.weight], 1)
+            average.update_parameters(model)
+        assert len(model.weight.abs().unique()) == 24
+        for channel in average.module.get_parameter("weight"):
+            assert len(channel.abs().unique()) == 1
+
+
+class TestErrors:
+    @pytest.mark.parametrize("theta", [-0.1, 1.5, math.nan, "1", None, True, torch.tensor(0.5)])
+    def test_that_turns_bad_during_training(self, theta: Any) -> None:
+        """It is refused before a closure runs or anything moves."""
+        params = make_params()
+        optimizer = ALL_KINDS[0].make(params, relaxation=0.5)
+        train(optimizer, params, 2)
+        before = clone_params(params)
+        optimizer.param_groups[0]["relaxation"] = theta
+        with pytest.raises(ValueError, match=r"relaxation=.* must be a?.*(in \[0, 1\]|number)"):
+            optimizer.step(lambda: pytest.fail("the closure ran"))
+        assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+
+    def test_other_optimizers(self) -> None:
+        (p,) = make_params(((3, 4),))
+        with pytest.raises(ValueError, match=r"relaxation=0.5 is no setting .*; use ProjectedDFW"):
+            DFW([{"params": [p], "relaxation": 0.5}])
+
+
+def test_compiled_step() -> None:
+    """θ may change; a new value compiles the step anew."""
+    torch._dynamo.reset()
+    params: list[Tensor] = list(make_params())
+    twins = clone_params(params)
+    plain = ProjectedDFW([{"params": params[:2]}], foreach=True, relaxation=1.0)
+    other = ProjectedDFW([{"params": twins[:2]}], relaxation=1.0)
+    step = torch.compile(other.step, backend="eager")
+    for number, theta in enumerate((1.0, 1.0, 0.5, 0.0, 0.0)):
+        for optimizer, those in ((plain, params[:2]), (other, twins[:2])):
+            relax(optimizer, theta)
+            draw_gradients(those, number, 0.3)
+        plain.step(loss=torch.tensor(1.0))
+        step(loss=torch.tensor(1.0))
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(twin, p, rtol=1e-5, atol=1e-6)
+    assert len(twins[0].detach().abs().unique()) == 4
