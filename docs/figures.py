@@ -443,7 +443,7 @@ def curves_data() -> Data:
     """Test accuracy after each epoch of the long runs, in percent."""
     data: Data = {}
     for run in results.load("long"):
-        net = run["net"] + run["shortcut"] + "-first" * bool(run.float_epochs)
+        net = run["net"] + run["shortcut"] + f"-{run.start}" * bool(run.start)
         if net == "float" and run["optimizer"] != "sgd":
             continue  # the yardstick is one line
         lines = data.setdefault(net, {})
@@ -453,8 +453,8 @@ def curves_data() -> Data:
 
 PANELS = {
     "XNOR": {"xnor": "-", "xnorbireal": "--"},
-    "binary weights": {"binary": "-", "binary-first": "--", "float": ":"},
-    "ternary weights": {"ternary": "-", "ternary-first": "--", "float": ":"},
+    "binary weights": {"binary": "-", "binary-relaxed": "--", "float": ":"},
+    "ternary weights": {"ternary": "-", "ternary-relaxed": "--", "float": ":"},
 }
 """The nets of a panel, and their lines."""
 

@@ -78,6 +78,13 @@ class Run:
         return int(self["float-epochs"] or 0)
 
     @property
+    def start(self) -> str:
+        """How its weights began, if they were not quantized from the first step on."""
+        if self["relax"]:
+            return "relaxed"
+        return f"float for {self.float_epochs} epochs" if self.float_epochs else ""
+
+    @property
     def accuracy(self) -> float:
         """After the last epoch, in percent."""
         return 100 * self.rows[-1]["accuracy"]
@@ -204,8 +211,9 @@ def mean_of(runs: list[Run], net: str, optimizer: str) -> float:
 
     Of the plain ones: quantized from the first step on, with the usual shortcuts.
     """
-    options = {"net": net, "optimizer": optimizer, "shortcut": "", "float-epochs": ""}
-    losses = [accuracies(runs, loss=loss, **options) for loss in LOSSES]
+    plain = [run for run in runs if not run.start]
+    options = {"net": net, "optimizer": optimizer, "shortcut": ""}
+    losses = [accuracies(plain, loss=loss, **options) for loss in LOSSES]
     return max(sum(values) / len(values) for values in losses if values)
 
 
@@ -219,19 +227,19 @@ def long_table() -> str:
 
 def rows_of(runs: list[Run]) -> str:
     """A row for every kind of run, with the mean over its seeds."""
-    first = sorted({run.float_epochs for run in runs})
-    kinds = itertools.product(SHORTCUTS, NETS, OPTIMIZERS, LOSSES, first)
+    starts = sorted({run.start for run in runs})
+    kinds = itertools.product(SHORTCUTS, NETS, OPTIMIZERS, LOSSES, starts)
     rows = []
-    for shortcut, net, optimizer, loss, floats in kinds:
+    for shortcut, net, optimizer, loss, start in kinds:
         chosen = [
             run
             for run in pick(runs, shortcut=shortcut, net=net, optimizer=optimizer, loss=loss)
-            if run.float_epochs == floats
+            if run.start == start
         ]
         if not chosen:
             continue
         name = f"{NAMES[net]}, {NAMES[shortcut]}" if shortcut else NAMES[net]
-        name += f", float for {floats} epochs" * bool(floats)
+        name += f", {start}" * bool(start)
         full_loss = "smoothed " * (optimizer == "dfw") + NAMES[loss]
         accuracy = number([run.accuracy for run in chosen])
         cells = [name, NAMES[optimizer], full_loss, f"{chosen[0].lr:g}", accuracy]
@@ -263,9 +271,7 @@ YARDSTICK = "the best float row"
 
 def targets_of(runs: list[Run]) -> str:
     """What was to be reached, next to what was, as far as there are runs to compare."""
-    made = {
-        (run["net"], run["optimizer"]) for run in pick(runs, **{"shortcut": "", "float-epochs": ""})
-    }
+    made = {(run["net"], run["optimizer"]) for run in pick(runs, shortcut="") if not run.start}
     means = {key: mean_of(runs, *key) for key in made}
     floats = [means[key] for key in means if key[0] == "float"]
 
@@ -287,8 +293,8 @@ def targets_of(runs: list[Run]) -> str:
         ours = {"DFW": means.get((net, "dfw"), math.nan)}
         if other == YARDSTICK:
             for run in pick(runs, net=net, optimizer="dfw", shortcut="", seed="0"):
-                if run.float_epochs:
-                    ours[f"DFW, float for {run.float_epochs} epochs,"] = run.accuracy
+                if run.start:
+                    ours[f"DFW, {run.start},"] = run.accuracy
         for name, value in ours.items():
             gain = value - theirs
             if not math.isnan(gain):
@@ -450,7 +456,7 @@ def peers_table() -> str:
         chosen = [*pick(dfw, net=net, seed="0"), *pick(parq, net=net)]
         for run in sorted(chosen, key=lambda run: (run["optimizer"], run["schedule"])):
             name = NAMES[run["optimizer"]]
-            name += f", float for {run.float_epochs} epochs" * bool(run.float_epochs)
+            name += f", {run.start}" * bool(run.start)
             rows.append([NAMES[net], name, run["schedule"], run["lr"], f"{run.accuracy:.1f}"])
     return markdown(["net", "optimizer", "schedule", "lr", "test accuracy, %"], rows)
 
@@ -469,6 +475,19 @@ def float_first_table() -> str:
         cells = [found.get(number, "") for number in (0, *numbers)]
         rows.append([NAMES[net], NAMES[optimizer], lr, *cells])
     return markdown(["net", "optimizer", "lr", "0", *(str(number) for number in numbers)], rows)
+
+
+def relaxed_table() -> str:
+    """Accuracy by the share of the run after which the weights are quantized."""
+    runs, rows = load("relaxed"), []
+    shares = sorted({run["relax"] for run in runs})
+    for net in NETS[1:]:
+        for lr in sorted({run.lr for run in pick(runs, net=net)}):
+            options = {"net": net, "lr": f"{lr:g}", "optimizer": "dfw", "loss": "svm", "seed": "0"}
+            both = [*pick(load("sweep"), **options), *pick(runs, **options)]
+            found = {run["relax"]: f"{run.accuracy:.1f}" for run in both}
+            rows.append([NAMES[net], f"{lr:g}", *(found.get(share, "") for share in ("", *shares))])
+    return markdown(["net", "lr", "0", *shares], rows)
 
 
 def architectures_table() -> str:
@@ -508,6 +527,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "open": open_table,
     "parq": peers_table,
     "float_first": float_first_table,
+    "relaxed": relaxed_table,
     "architectures": architectures_table,
     "chars": chars_table,
 }

@@ -62,7 +62,10 @@ class Quantizer(Protocol):
     def options(self) -> tuple[Option, ...]: ...
 
     def start(self, weight: Tensor, group: Group) -> State:
-        """The whole state for a parameter that holds ``weight``, in float32 or wider."""
+        """The whole state for a parameter that holds ``weight``, in float32 or wider.
+
+        It has a ``"latent"`` and its ``"unit"``, whose product are the float weights.
+        """
         ...
 
     def derive(self, state: State, group: Group) -> State:
