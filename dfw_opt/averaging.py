@@ -82,6 +82,8 @@ class AveragedModel(swa_utils.AveragedModel):
         self.averages = nn.Module()
         self._check(model)
         self._register_states(model)
+        with torch.no_grad():
+            self._quantize(model)  # the model's may be relaxed
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 r"""The step that all optimizers of the package share.
 
 Data flows one way: gradients → pull-back → :math:`\gamma` → update → quantize. The optimizer owns
-the latents, in its state; the model holds the quantized weights, at all times.
+the latents, in its state; the model holds the quantized weights, at all times (relaxed ones, if
+that is asked for).
 """
 
 import ctypes
@@ -237,7 +238,8 @@ class FrankWolfe(LatentOptimizer):
         for group in self.param_groups:
             group.setdefault("foreach", None)
             group.setdefault("fused", None)
-            if "relaxation" in self.defaults:
+            if "quantizer" in self.defaults:
+                self.defaults.setdefault("relaxation", 0.0)
                 group.setdefault("relaxation", 0.0)
             # Options of quantizers that came after the checkpoint or the pickle.
             for name in all_options().keys() & self.defaults.keys():
@@ -401,7 +403,7 @@ class FrankWolfe(LatentOptimizer):
         if group.get("quantizer") is not None:
             for p in group["params"]:
                 if p in written:
-                    self._note_written(p, group)
+                    self._note_written(p)
                 elif p.grad is not None:
                     state = self.state[p]
                     for key, value in QUANTIZERS[group["quantizer"]].derive(state, group).items():
@@ -422,7 +424,7 @@ def _variables(
     if group.get("quantizer") is None:
         yield "", p, Pulled(p.grad, None), None
         return
-    pulled = relaxation.pull_back(p.grad, state, group, relaxation_of(group))
+    pulled = relaxation.pull_back(p.grad, state, group)
     for key, bounds in QUANTIZERS[group["quantizer"]].variables.items():
         yield key, state[key], pulled[key], bounds
 

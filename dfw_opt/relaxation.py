@@ -16,8 +16,9 @@ quantizer, :math:`\delta`, and that of :math:`c\,u`; so do their lengths, the ro
     \delta_\theta = (1 - \theta)\,\delta + \theta\,c\,g, \qquad
     \sqrt{M_\theta} = (1 - \theta)\sqrt M + \theta\,c .
 
-By the triangle inequality a unit step of the latent changes no more than :math:`\sqrt{M_\theta}`.
-At :math:`\theta = 1` the step is that of a float parameter with the box :math:`c\,R`. A scale moves
+By the triangle inequality a unit step of a latent still moves its own weight, straight through the
+levels, by no more than :math:`\sqrt{M_\theta}` (the root of the mean square over the tensor). At
+:math:`\theta = 1` the step is that of a float parameter in the box :math:`[-cR, cR]`. A scale moves
 :math:`(1 - \theta)` times as far, in its own metric: it stands still where it has no part in the
 weights.
 
@@ -39,22 +40,22 @@ def relaxation_of(group: Group) -> float:
     return 0.0 if group.get("quantizer") is None else float(group.get("relaxation", 0.0))
 
 
-def quantize(state: State, group: Group, theta: float) -> Tensor:
+def quantize(state: State, group: Group) -> Tensor:
     r""":math:`Q_\theta(u)`, in the dtype of the state."""
-    weight = QUANTIZERS[group["quantizer"]].quantize(state, group)
+    weight, theta = QUANTIZERS[group["quantizer"]].quantize(state, group), relaxation_of(group)
     if theta == 0:
         return weight
     return (1 - theta) * weight + theta * state["unit"] * state["latent"]
 
 
-def pull_back(grad: Tensor, state: State, group: Group, theta: float) -> dict[str, Pulled]:
+def pull_back(grad: Tensor, state: State, group: Group) -> dict[str, Pulled]:
     r""":math:`M_\theta^{-1}\delta_\theta` and :math:`M_\theta` of every variable."""
     pulled = QUANTIZERS[group["quantizer"]].pull_back(grad, state, group)
+    theta = relaxation_of(group)
     if theta == 0:
         return pulled
     unit, (d, M) = state["unit"], pulled.pop("latent")
-    assert M is not None
-    M = settled(M)
+    M = unit.new_ones(()) if M is None else settled(M)
     root = (1 - theta) * M.sqrt() + theta * unit
     delta = (1 - theta) * M * d + theta * unit * grad.to(d.dtype)
     scales = {key: Pulled((1 - theta) * own, metric) for key, (own, metric) in pulled.items()}

@@ -2,9 +2,10 @@ r"""What an optimizer keeps for its parameters, and how that and the parameters 
 
 The life of a state: it begins when the optimizer is made (for a frozen parameter, with its first
 gradient), follows the model to another device, goes into a checkpoint and comes back from one in
-the dtype that it had. Whenever a latent changes, :meth:`LatentOptimizer._publish` sets the
-parameter to the quantized value. Nothing else writes to a quantized parameter; if somebody did, the
-next step says so, unless it was through ``.data``, which torch does not count as a change.
+the dtype that it had. Whenever a latent or its relaxation changes,
+:meth:`LatentOptimizer._publish` sets the parameter to what follows. Nothing else writes to a
+quantized parameter; if somebody did, the next step says so, unless it was through ``.data``, which
+torch does not count as a change.
 """
 
 import warnings
@@ -17,9 +18,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from dfw_opt import relaxation
 from dfw_opt.checkpoint import check_checkpoint, momentum_key
 from dfw_opt.quantizers import QUANTIZERS, Group, State
-from dfw_opt.relaxation import relaxation_of
 from dfw_opt.sharding import is_sharded, local, placed_like, replicated, settled
 from dfw_opt.update import UNBOUNDED, Bounds, Variables, wide
+from dfw_opt.validate import check_relaxation
 
 __all__ = ["LatentOptimizer", "box"]
 
@@ -33,8 +34,8 @@ class LatentOptimizer(Optimizer):
     """An optimizer whose state holds latents, and whose parameters hold them quantized."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        # At which version of its tensor a quantized parameter was last written, and how relaxed.
-        self._written: dict[Tensor, tuple[int, float]] = {}
+        # At which version of its tensor a quantized parameter was last written.
+        self._written: dict[Tensor, int] = {}
         # The quantizer of each parameter, which decides what its state holds.
         self._chosen: dict[Tensor, str | None] = {}
         super().__init__(params, defaults)
@@ -43,7 +44,8 @@ class LatentOptimizer(Optimizer):
         """Loads a checkpoint, see :meth:`torch.optim.Optimizer.load_state_dict`.
 
         Latents and scales keep their dtype, whatever that of the parameters, and the parameters are
-        set to the quantized latents. Tensors are copied, not shared with ``state_dict``.
+        set to the quantized latents, as relaxed as they were. Tensors are copied, not shared with
+        ``state_dict``.
 
         Raises:
             ValueError: the checkpoint is of another optimizer or of parameters of other shapes;
@@ -69,6 +71,34 @@ class LatentOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @torch.no_grad()
+    def relax(self, relaxation: float) -> None:
+        r"""Sets the relaxation of all quantized groups, and their parameters to what it makes them.
+
+        Args:
+            relaxation: :math:`\theta`, from 1 for the float weights :math:`c\,u` to 0 for the
+                quantized ones :math:`Q(u)`; :mod:`dfw_opt.relaxation` has the formulas. To be
+                called between steps; latents and momentum stay. It is kept in the groups, under
+                this name.
+
+        Raises:
+            ValueError: it is not in [0, 1], or no group is quantized.
+        """
+        check_relaxation(relaxation)
+        groups = [group for group in self.param_groups if group.get("quantizer") is not None]
+        if not groups:
+            raise ValueError(
+                f"relaxation={relaxation!r}: no group of this {type(self).__name__} is quantized, "
+                "so there is nothing to relax"
+            )
+        for group in groups:
+            started = [p for p in group["params"] if "latent" in self._state_of(p)]
+            for p in started:
+                self._warn_if_overwritten(p, group)
+            group["relaxation"] = float(relaxation)
+            for p in started:
+                self._publish(p, group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -159,27 +189,27 @@ class LatentOptimizer(Optimizer):
 
     def _publish(self, p: Tensor, group: dict[str, Any], counts: Tensor | None = None) -> None:
         """Sets ``p`` to its quantized latent; unless ``counts``, on its device, says not to."""
-        weight = relaxation.quantize(self.state[p], group, relaxation_of(group))
+        weight = relaxation.quantize(self.state[p], group)
         if counts is None:
             p.copy_(weight)
         else:
             mine, weight = local(p), local(placed_like(weight, p))
             mine.copy_(torch.where(counts.to(mine.device), weight.to(mine.dtype), mine))
-        self._note_written(p, group)
+        self._note_written(p)
 
-    def _note_written(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _note_written(self, p: Tensor) -> None:
         if not torch.compiler.is_compiling():
-            self._written[p] = (p._version, relaxation_of(group))
+            self._written[p] = p._version
 
     def _warn_if_overwritten(self, p: Tensor, group: dict[str, Any]) -> None:
         """Values that others put into a quantized parameter are about to be lost: say so."""
         if torch.compiler.is_compiling():
             return
-        version, theta = self._written.get(p, (p._version, 0.0))
-        if version == p._version:
+        version = self._written.get(p)
+        if version is None or version == p._version:
             return
-        self._written[p] = (p._version, theta)
-        if not torch.equal(p, relaxation.quantize(self.state[p], group, theta).to(p)):
+        self._written[p] = p._version
+        if not torch.equal(p, relaxation.quantize(self.state[p], group).to(p)):
             warnings.warn(
                 f"a quantized parameter of shape {tuple(p.shape)} was changed from outside since "
                 "the last step. The change is lost: the optimizer's latents know nothing of it. "

@@ -1,6 +1,6 @@
 """Checks of settings: every error names the argument, its value, and what to write instead."""
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_hyperparameters",
     "check_options",
     "check_parameters",
+    "check_relaxation",
     "options_of",
 ]
 
@@ -32,7 +33,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 SETTINGS = frozenset({*_RANGES, "quantizer", "step_size"} - {"relaxation"})
 """The hyper-parameters that decide what a step computes, but for options of quantizers, and but for
-the relaxation, which older checkpoints lack: 0."""
+the relaxation, which counts as 0 where a checkpoint is older than it."""
 
 # Settings that not all optimizers have, and one that does.
 _SPECIAL = {
@@ -81,7 +82,16 @@ def check_options(group: Mapping[str, Any]) -> None:
     for option in options_of(group.get("quantizer")):
         _check_number(option.name, group[option.name], option.test, option.meaning)
     if group.get("quantizer") is not None:
-        _check_number("relaxation", group["relaxation"], *_RANGES["relaxation"])
+        check_relaxation(group.get("relaxation", 0.0))
+
+
+def check_relaxation(value: Any) -> None:
+    """Checks what quantized parameters are relaxed by.
+
+    Raises:
+        ValueError: it is not a number in [0, 1].
+    """
+    _check_number("relaxation", value, *_RANGES["relaxation"])
 
 
 def all_options() -> dict[str, Option]:
@@ -144,10 +154,9 @@ def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning:
 
 
 def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
-        return False
+    # Not math.isfinite(), at which torch.compile would break its graph, and which overflows for an
+    # integer that no float can hold.
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _check_quantizer(quantizer: Any, known: Mapping[str, Any]) -> None:

@@ -141,23 +141,19 @@ def everything(optimizer: Optimizer) -> Any:
 def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
     """What the parameter must hold, from the optimizer's state alone."""
     state, theta = optimizer.state[p], group["relaxation"]
+    weight = quantized(state, group)
     if theta > 0:
-        hard = forward_weights(optimizer, group | {"relaxation": 0.0}, p.to(state["latent"].dtype))
-        mixed: Tensor = (1 - theta) * hard + theta * state["unit"] * state["latent"]
-        return mixed.to(p.dtype)
+        weight = (1 - theta) * weight + theta * state["unit"] * state["latent"]
+    return weight.to(p.dtype)
+
+
+def quantized(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
     if group["quantizer"] == "binary":
-        return binary.quantize(state["latent"], state["unit"], state["scale"]).to(p.dtype)
+        return binary.quantize(state["latent"], state["unit"], state["scale"])
     if group["quantizer"] == "uniform":
-        return uniform.quantize(state["latent"], state["unit"], state["largest"], group["bits"]).to(
-            p.dtype
-        )
-    return ternary.quantize(
-        state["latent"],
-        state["unit"],
-        state["scale_pos"],
-        state["scale_neg"],
-        state["delta"],
-    ).to(p.dtype)
+        return uniform.quantize(state["latent"], state["unit"], state["largest"], group["bits"])
+    keys = ("latent", "unit", "scale_pos", "scale_neg", "delta")
+    return ternary.quantize(*(state[key] for key in keys))
 
 
 def assert_consistent(optimizer: Optimizer) -> None:

@@ -34,9 +34,9 @@ def test_schedule(share: float, steps: int) -> None:
     assert values[0] == 1
     assert values[-1] == 0
     falls = [a - b for a, b in itertools.pairwise(values) if b > 0]
-    assert falls == pytest.approx([1 / (share * steps)] * len(falls))
+    assert falls == pytest.approx([1 / max(1, round(share * steps))] * len(falls))
     zeros = sum(value == 0 for value in values)
-    assert zeros == pytest.approx(steps * (1 - share), abs=1 + 1e-9)
+    assert zeros == pytest.approx(steps * (1 - share), abs=1.5 + 1e-9)
 
 
 @pytest.mark.parametrize("net", ["binary", "xnor", "ternary", "uniform"])
@@ -50,7 +50,7 @@ def test_weights_are_float_at_first_and_quantized_at_the_end(net: str, digits: D
         run.train_epoch()
         assert (max(levels(run)) > 10) == many
         seen.append(quantized["relaxation"])
-        assert rest["relaxation"] == seen[-1]  # where it is not read
+        assert rest["relaxation"] == 0.0  # which is not quantized
     assert seen == [0.5, 0.0, 0.0, 0.0]
     assert run.optimizer.state_dict()["param_groups"][0]["quantizer"] is not None
 
@@ -71,6 +71,16 @@ def test_resumed_run_ends_bit_for_bit_the_same(
     second = train(settings, digits, tmp_path, resume=True)
     assert_same(second.state_dict(), straight.state_dict())
     assert_same(second.result.state_dict(), straight.result.state_dict())
+
+
+def test_flips_are_those_of_the_quantized_weights(digits: Data) -> None:
+    """Relaxed weights are hardly ever 0, but their latents may be in the zone of 0."""
+    run = Run(choose(net="ternary"), digits)
+    zones = run.watch._zones()
+    assert all((zone == 0).any() for zone in zones)
+    assert all((zone == -1).any() for zone in zones)
+    for step, _ in enumerate(run.steps(0)):
+        assert run.watch.flip_rate() < 0.1, step
 
 
 def test_without_it_nothing_is_set(digits: Data) -> None:

@@ -12,6 +12,7 @@ import pickle
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -26,6 +27,7 @@ from helpers import (
     clone_params,
     draw_gradients,
     everything,
+    fingerprint,
     make_params,
     same_bits,
     to_numpy,
@@ -35,7 +37,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import Settings
 from test_trajectories import assert_state, walk
-from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import Parameter
 
 from dfw_opt import DFW, AveragedModel, ProjectedDFW, TernaryDFW, relaxation
@@ -45,11 +47,6 @@ ALL_KINDS = [*QUANTIZED_KINDS, UNIFORM]
 QUANTIZED = pytest.mark.parametrize("kind", ALL_KINDS, ids=str)
 ALL_PATHS = pytest.mark.parametrize("path", PATHS)
 THETAS = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
-
-
-def relax(optimizer: Any, theta: float) -> None:
-    for group in optimizer.param_groups:
-        group["relaxation"] = theta
 
 
 def group_of(quantizer: str, theta: float) -> dict[str, Any]:
@@ -70,9 +67,9 @@ class TestFormula:
         relaxed = reference.RelaxedParameter(expected)
         state = QUANTIZERS[quantizer].start(p, group)
         close = torch.testing.assert_close
-        close(relaxation.quantize(state, group, theta), torch.tensor(relaxed.forward()))
+        close(relaxation.quantize(state, group), torch.tensor(relaxed.forward()))
         gradient = torch.randn(3, 4, dtype=torch.float64)
-        pulled = relaxation.pull_back(gradient, state, group, theta)
+        pulled = relaxation.pull_back(gradient, state, group)
         moves = relaxed.moves(to_numpy(gradient))
         assert len(moves) == len(pulled)
         for (d, metric), move in zip(pulled.values(), moves, strict=True):
@@ -80,15 +77,15 @@ class TestFormula:
             assert float(metric) == pytest.approx(move.metric)  # type: ignore[arg-type]
 
     @given(st.sampled_from(sorted(QUANTIZERS)), THETAS, st.integers(0, 10**6))
-    def test_no_unit_step_changes_the_weights_more(
+    def test_no_unit_step_moves_its_own_weight_farther(
         self, quantizer: str, theta: float, seed: int
     ) -> None:
-        """The metric: mean squared change of the weights by a unit of each latent, at most M."""
+        """The metric: mean squared change of a weight by a unit of its latent, at most M."""
         (p,) = make_params(((3, 4),), torch.float64, seed)
         group = group_of(quantizer, theta)
         state = QUANTIZERS[quantizer].start(p, group)
         ones = torch.ones(3, 4, dtype=torch.float64)
-        d, metric = relaxation.pull_back(ones, state, group, theta)["latent"]
+        d, metric = relaxation.pull_back(ones, state, group)["latent"]
         assert metric is not None
         own_change = metric * d  # of each weight by its latent, since the gradient is 1
         assert float(own_change.square().mean()) <= float(metric) * (1 + 1e-12)
@@ -157,28 +154,25 @@ class TestSteps:
         for number, loss, gradients in walk(expected):
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = None if gradient is None else torch.tensor(gradient)
-            theta = max(0.0, 1 - number / 80)
-            relax(made_by, theta)
-            before = [s.relaxation for s in own]
-            for s in own:
-                s.relaxation = theta
             gamma = reference.step(expected, loss, gradients)
             made_by.step(loss=loss)
             assert float(made_by.gamma) == pytest.approx(gamma, rel=1e-9, abs=1e-10)
             gammas.add(gamma if gamma in (0.0, 1.0) else 0.5)
-            for index, (p, e) in enumerate(zip(params, expected, strict=True)):
-                if gradients[index] is None:  # it holds what it held, as relaxed as it was
-                    own[index].relaxation = before[index]
-                inner = e.quantized if isinstance(e, reference.RelaxedParameter) else e
+            theta = max(0.0, 1 - number / 80)
+            made_by.relax(theta)
+            for s in own:
+                s.relaxation = theta
+            for p, e in zip(params, expected, strict=True):
                 torch.testing.assert_close(p.detach(), torch.tensor(e.forward()), **tolerance)
-                if theta == 0 and gradients[index] is not None:
+                if theta == 0:
+                    inner = e.quantized if isinstance(e, reference.RelaxedParameter) else e
                     assert_state(made_by, p, inner, tolerance)
         assert gammas == {0.0, 0.5, 1.0}
 
     @QUANTIZED
     @ALL_PATHS
     def test_from_float_to_quantized(self, kind: Kind, path: str) -> None:
-        """The weights as they were, then mixed ones, then levels, each after the step that says."""
+        """The weights as they were, then mixed ones, then levels; at once, and after a step."""
         params = make_params(((4, 60), (3, 2, 3, 3), (5,)))
         before = clone_params(params)
         optimizer = kind.make(params, lr=0.01, relaxation=1.0, **PATHS[path])
@@ -186,23 +180,61 @@ class TestSteps:
             torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
         assert_consistent(optimizer)
         for theta in (1.0, 0.7, 0.3, 0.01, 0.0, 0.0, 0.5, 0.0):
-            relax(optimizer, theta)
-            train(optimizer, params, 1)
-            assert_consistent(optimizer)
-            most = 7 if kind is UNIFORM else 3
-            for channel in params[0].detach():
-                assert (len(channel.unique()) <= most) == (theta == 0)
+            optimizer.relax(theta)
+            for steps in (0, 1):
+                train(optimizer, params, steps)
+                assert_consistent(optimizer)
+                most = 7 if kind is UNIFORM else 3
+                for channel in params[0].detach():
+                    assert (len(channel.unique()) <= most) == (theta == 0)
 
-    @pytest.mark.parametrize("kind", QUANTIZED_KINDS, ids=str)
-    @ALL_PATHS
-    def test_zero_is_as_without(self, kind: Kind, path: str) -> None:
-        params = make_params(((40, 60), (3, 2, 3, 3)))
-        twins = clone_params(params)
-        left = kind.make(params, relaxation=0.0, **PATHS[path])
-        right = kind.make(twins, **PATHS[path])
-        for optimizer, those in ((left, params), (right, twins)):
-            train(optimizer, those, 5)
-        assert everything(left) == everything(right)
+    @pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
+    def test_zero_is_the_quantizer_alone(self, quantizer: str) -> None:
+        """To the bit."""
+        (p,) = make_params(((30, 40),))
+        group = group_of(quantizer, 0.0)
+        bare = QUANTIZERS[quantizer]
+        state = bare.start(p, group)
+        assert same_bits(relaxation.quantize(state, group), bare.quantize(state, group))
+        gradient = torch.randn(30, 40)
+        pulled = relaxation.pull_back(gradient, state, group)
+        assert fingerprint(pulled) == fingerprint(bare.pull_back(gradient, state, group))
+
+    @QUANTIZED
+    def test_parameters_without_a_gradient_follow(self, kind: Kind) -> None:
+        """Those that were frozen during training, but not those that are float still."""
+        params = make_params(((4, 60), (3, 50), (4, 40)))
+        params[2].requires_grad_(False)
+        still = params[2].detach().clone()
+        optimizer = kind.make(params, relaxation=0.5)
+        params[1].requires_grad_(False)
+        optimizer.relax(0.0)
+        most = 7 if kind is UNIFORM else 3
+        assert all(len(channel.unique()) <= most for p in params[:2] for channel in p.detach())
+        assert same_bits(params[2], still)
+        assert "latent" not in optimizer.state[params[2]]
+
+    @QUANTIZED
+    @pytest.mark.parametrize("theta", [0, 1])
+    def test_whole_numbers(self, kind: Kind, theta: int) -> None:
+        """They are numbers too; what is kept is a plain float, for checkpoints."""
+        params = make_params()
+        optimizer = kind.make(params, relaxation=1 - theta)
+        optimizer.relax(np.float64(0.3))
+        optimizer.relax(theta)
+        assert type(optimizer.param_groups[0]["relaxation"]) is float
+        train(optimizer, params, 1)
+        assert_consistent(optimizer)
+
+    @QUANTIZED
+    @pytest.mark.parametrize("foreach", [False, True])
+    def test_model_that_changes_its_dtype(self, kind: Kind, foreach: bool) -> None:
+        params = make_params(((4, 6), (3, 2, 3, 3)))
+        optimizer = kind.make(params, relaxation=0.5, foreach=foreach)
+        for p in params:
+            p.data = p.data.double()
+        train(optimizer, params, 2)
+        assert_consistent(optimizer)
 
     @QUANTIZED
     def test_kernels_leave_it_to_torch(self, kind: Kind) -> None:
@@ -231,6 +263,7 @@ class TestSteps:
         params = make_params()
         optimizer = kind.make(params, relaxation=0.5)
         train(optimizer, params, 2)
+        optimizer.relax(0.4)
         before = everything(optimizer)
         draw_gradients(params, 9)
         optimizer.step(loss=bad)
@@ -253,13 +286,16 @@ class TestKeeping:
     def test_checkpoint(self, kind: Kind) -> None:
         """The parameters are as relaxed as they were, and training goes on as it would have."""
         params = make_params()
-        optimizer = kind.make(params, relaxation=0.4)
-        train(optimizer, params, 3)
+        optimizer = kind.make(params, relaxation=1.0)
+        train(optimizer, params[::2], 3)
+        optimizer.relax(0.4)
+        draw_gradients(params, 7)
+        optimizer.step(loss=math.nan)
         other, fresh = reloaded(optimizer, params, kind)
-        assert [g["relaxation"] for g in other.param_groups] == [0.4, 0.4]
+        assert [g["relaxation"] for g in other.param_groups] == [0.4, 1.0]  # the float group's
         assert everything(other) == everything(optimizer)
         for o, those in ((optimizer, params), (other, fresh)):
-            relax(o, 0.2)
+            o.relax(0.2)
             train(o, those, 2, seed=1)
         assert everything(other) == everything(optimizer)
 
@@ -277,6 +313,19 @@ class TestKeeping:
         other.load_state_dict(saved)
         assert [g["relaxation"] for g in other.param_groups] == [0.0, 0.0]
         assert all(same_bits(p, q) for p, q in zip(params, fresh, strict=True))
+
+    @QUANTIZED
+    def test_pickle_from_before_there_was_relaxation(self, kind: Kind) -> None:
+        params = make_params()
+        optimizer = kind.make(params)
+        del optimizer.defaults["relaxation"]
+        for group in optimizer.param_groups:
+            del group["relaxation"]
+        twins, other = pickle.loads(pickle.dumps((params, optimizer)))
+        train(other, twins, 2)
+        other.relax(0.5)
+        other.load_state_dict(other.state_dict())
+        assert_consistent(other)
 
     def test_bad_checkpoint(self) -> None:
         params = make_params()
@@ -301,21 +350,27 @@ class TestKeeping:
 
     @QUANTIZED
     def test_the_same_values_again_are_no_change(self, kind: Kind) -> None:
-        """As when a model is loaded after its optimizer, and the loop then lowers θ."""
+        """As when a model is loaded after its optimizer."""
         params = make_params()
         optimizer = kind.make(params, relaxation=0.5)
         train(optimizer, params, 1)
         with torch.no_grad():
             for p in params:
                 p.copy_(p.clone())
-        relax(optimizer, 0.25)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            optimizer.relax(0.25)
             train(optimizer, params, 1)
-        with torch.no_grad():
-            params[0].mul_(2)
-        with pytest.warns(UserWarning, match="changed from outside"):
+            with torch.no_grad():
+                for p in params:
+                    p.copy_(p.clone())
             train(optimizer, params, 1)
+        for change in (lambda: optimizer.relax(0.0), lambda: train(optimizer, params, 1)):
+            with torch.no_grad():
+                params[0].mul_(2)
+            with pytest.warns(UserWarning, match="changed from outside"):
+                change()
+            assert_consistent(optimizer)
 
     def test_average_is_quantized(self) -> None:
         """An average is for use, whatever training has come to."""
@@ -324,25 +379,42 @@ class TestKeeping:
         optimizer = ProjectedDFW(model.parameters(), relaxation=0.9)
         average = AveragedModel(model, optimizer)
         for _ in range(3):
+            for channel in average.module.get_parameter("weight"):
+                assert len(channel.abs().unique()) == 1
+            assert len(model.weight.abs().unique()) == 24
             train(optimizer, [model.weight], 1)
             average.update_parameters(model)
-        assert len(model.weight.abs().unique()) == 24
-        for channel in average.module.get_parameter("weight"):
-            assert len(channel.abs().unique()) == 1
+
+
+BAD = [
+    *[(x, r"must be in \[0, 1\]") for x in (-0.1, 1.5, math.nan, math.inf, 10**400)],
+    *[(x, r"must be a plain number, in \[0, 1\]") for x in ("1", None, True)],
+    (torch.tensor(0.5), "must be a plain number, not a tensor"),
+]
 
 
 class TestErrors:
-    @pytest.mark.parametrize("theta", [-0.1, 1.5, math.nan, "1", None, True, torch.tensor(0.5)])
-    def test_that_turns_bad_during_training(self, theta: Any) -> None:
+    @pytest.mark.parametrize(("theta", "reason"), BAD)
+    def test_bad_value(self, theta: Any, reason: str) -> None:
         """It is refused before a closure runs or anything moves."""
         params = make_params()
-        optimizer = ALL_KINDS[0].make(params, relaxation=0.5)
+        optimizer = QUANTIZED_KINDS[0].make(params, relaxation=0.5)
         train(optimizer, params, 2)
-        before = clone_params(params)
+        before = everything(optimizer)
+        with pytest.raises(ValueError, match=f"^relaxation=.*{reason}"):
+            optimizer.relax(theta)
+        assert everything(optimizer) == before
+        weights = clone_params(params)
         optimizer.param_groups[0]["relaxation"] = theta
-        with pytest.raises(ValueError, match=r"relaxation=.* must be a?.*(in \[0, 1\]|number)"):
+        with pytest.raises(ValueError, match=f"^relaxation=.*{reason}"):
             optimizer.step(lambda: pytest.fail("the closure ran"))
-        assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+        assert all(same_bits(p, q) for p, q in zip(params, weights, strict=True))
+
+    def test_nothing_to_relax(self) -> None:
+        params = make_params()
+        for optimizer in (DFW(params), ProjectedDFW(params, quantizer=None)):
+            with pytest.raises(ValueError, match=r"relaxation=0.5: no group .* is quantized"):
+                optimizer.relax(0.5)
 
     def test_other_optimizers(self) -> None:
         (p,) = make_params(((3, 4),))
@@ -351,19 +423,27 @@ class TestErrors:
 
 
 def test_compiled_step() -> None:
-    """θ may change; a new value compiles the step anew."""
+    """Compiled anew for a second value and for 0, but not for every one between."""
     torch._dynamo.reset()
-    params: list[Tensor] = list(make_params())
+    params = make_params(((4, 6), (3, 2, 3, 3)))
     twins = clone_params(params)
-    plain = ProjectedDFW([{"params": params[:2]}], foreach=True, relaxation=1.0)
-    other = ProjectedDFW([{"params": twins[:2]}], relaxation=1.0)
-    step = torch.compile(other.step, backend="eager")
-    for number, theta in enumerate((1.0, 1.0, 0.5, 0.0, 0.0)):
-        for optimizer, those in ((plain, params[:2]), (other, twins[:2])):
-            relax(optimizer, theta)
+    plain = ProjectedDFW(params, foreach=True, relaxation=0.9)
+    other = ProjectedDFW(twins, relaxation=0.9)
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(other.step, backend=counter)
+    frames = []
+    for number, theta in enumerate((0.9, 0.8, 0.7, 0.6, 0.0, 0.0)):
+        for optimizer, those in ((plain, params), (other, twins)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                optimizer.relax(theta)
             draw_gradients(those, number, 0.3)
         plain.step(loss=torch.tensor(1.0))
         step(loss=torch.tensor(1.0))
+        frames.append(counter.frame_count)
     for p, twin in zip(params, twins, strict=True):
         torch.testing.assert_close(twin, p, rtol=1e-5, atol=1e-6)
     assert len(twins[0].detach().abs().unique()) == 4
+    assert frames[0] == 1
+    assert frames[1] == frames[2] == frames[3] <= 3
+    assert frames[4] == frames[5] == frames[3] + 1

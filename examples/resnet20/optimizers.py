@@ -73,6 +73,6 @@ def _dfw(model: Network, settings: Settings) -> FrankWolfe:
         if (value := getattr(settings, name)) is not None:
             quantized[name] = value
     if settings.relax:
-        quantized["relaxation"] = 1.0  # which the loop lowers
+        quantized["relaxation"] = 1.0  # the loop lowers it
     optimizer = TernaryDFW if settings.net == "ternary" else ProjectedDFW
     return optimizer([quantized, rest], lr=settings.lr, momentum=settings.momentum)

@@ -24,6 +24,8 @@ def learning_rate(schedule: str, base: float, step: int, steps: int) -> float:
 def relaxation(share: float, step: int, steps: int) -> float:
     """How far from quantized the weights are after ``step`` of ``steps``.
 
-    It falls evenly from 1 before the first step to 0 after ``share`` of all steps.
+    It falls evenly from 1 before the first step to 0 after ``share`` of all steps, the last one at
+    the latest.
     """
-    return max(0.0, 1 - (step + 1) / (share * steps))
+    relaxed = max(1, round(share * steps))  # whole, so that 0 is reached to the bit
+    return max(0.0, 1 - (step + 1) / relaxed)

@@ -121,9 +121,9 @@ class Run:
             lr = learning_rate(settings.schedule, settings.lr, i, settings.epochs * count)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-                if settings.relax:
-                    group["relaxation"] = relaxation(settings.relax, i, settings.epochs * count)
             loss, correct = self.train_step(images, labels)
+            if settings.relax and isinstance(self.optimizer, FrankWolfe):
+                self.optimizer.relax(relaxation(settings.relax, i, settings.epochs * count))
             meter.add(loss, correct, size, getattr(self.optimizer, "gamma", None))
             yield meter
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfw_opt.quantizers import QUANTIZERS
+
 from . import straight_through
 
 
@@ -50,7 +52,12 @@ class WeightWatch:
     def _zones(self) -> list[Tensor]:
         if self._layers:
             return [layer.quantized().sign().to(torch.int8) for layer in self._layers]
-        return [p.sign().to(torch.int8) for _, p in self._held_by_optimizer()]
+        # Not of the parameters, which may be relaxed.
+        quantized = [
+            QUANTIZERS[group["quantizer"]].quantize(self._optimizer.state[p], group)
+            for group, p in self._held_by_optimizer()
+        ]
+        return [weight.sign().to(torch.int8) for weight in quantized]
 
     def _held_by_optimizer(self) -> list[tuple[dict[str, Any], Tensor]]:
         return [
