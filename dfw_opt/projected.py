@@ -50,8 +50,8 @@ class ProjectedDFW(FrankWolfe):
         step_size: ``"exact"`` solves for :math:`\gamma` over the box; ``"closed_form"`` takes
             that of :class:`DFW`, as if there were no box, and projects afterwards.
         relaxation: :math:`\theta \in [0, 1]`, for a start with float weights: quantized parameters
-            hold :math:`(1 - \theta)\,Q(u) + \theta\,c\,u`. Over training :meth:`relax` is to
-            lower it to 0. See :mod:`dfw_opt.relaxation`.
+            hold :math:`(1 - \theta)\,Q(u) + \theta\,c\,u`. Over training it is to be lowered to 0
+            by :meth:`~dfw_opt.optimizer.FrankWolfe.relax`. See :mod:`dfw_opt.relaxation`.
         foreach: as in :class:`DFW`.
         fused: as in :class:`DFW`.
         process_group: as in :class:`DFW`.
