@@ -41,7 +41,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import Parameter
 
 from dfw_opt import DFW, AveragedModel, ProjectedDFW, TernaryDFW, relaxation
-from dfw_opt.quantizers import QUANTIZERS
+from dfw_opt.quantizers import QUANTIZERS, Pulled, uniform
 
 ALL_KINDS = [*QUANTIZED_KINDS, UNIFORM]
 QUANTIZED = pytest.mark.parametrize("kind", ALL_KINDS, ids=str)
@@ -124,6 +124,23 @@ class TestFormula:
         assert 1.0 in gammas
         assert any(0 < gamma < 1 for gamma in gammas)
         assert any((p.detach().abs() >= r - 1e-9).any() for p, r in zip(twins, boxes, strict=True))
+
+
+    def test_metric_that_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A quantizer may say None for a metric of 1."""
+
+        class Plain(uniform._Uniform):
+            def pull_back(self, grad: Any, state: Any, group: Any) -> dict[str, Pulled]:
+                return {"latent": Pulled(3 * grad, None)}
+
+        monkeypatch.setitem(QUANTIZERS, "plain", Plain())
+        (p,) = make_params(((3, 4),), torch.float64)
+        state = {"latent": p.detach(), "unit": torch.tensor(0.5, dtype=torch.float64)}
+        gradient = torch.randn(3, 4, dtype=torch.float64)
+        d, metric = relaxation.pull_back(gradient, state, group_of("plain", 0.2))["latent"]
+        root = 0.8 + 0.2 * 0.5
+        assert float(metric) == pytest.approx(root**2)  # type: ignore[arg-type]
+        torch.testing.assert_close(d, (0.8 * 3 + 0.2 * 0.5) * gradient / root**2)
 
 
 class TestSteps:
