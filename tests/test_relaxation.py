@@ -125,7 +125,6 @@ class TestFormula:
         assert any(0 < gamma < 1 for gamma in gammas)
         assert any((p.detach().abs() >= r - 1e-9).any() for p, r in zip(twins, boxes, strict=True))
 
-
     def test_metric_that_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A quantizer may say None for a metric of 1."""
 
