@@ -50,6 +50,8 @@ STEPS, FEW = 20, 8
 LR = 6.0
 BOX = next(kind for kind in KINDS if kind.name == "box")
 FOUR = [*MAIN_KINDS, BOX]
+FALL = 0.9
+"""What a step leaves of the relaxation, if there is some."""
 HALF = 3
 """A training is saved after so many steps, and goes on for as many."""
 
@@ -222,6 +224,8 @@ class Training:
     def run(self, steps: int, start: int = 0) -> Training:
         for step in range(start, start + steps):
             self.step(self.backward(step))
+            if (theta := self.optimizer.param_groups[0].get("relaxation", 0.0)) > 0:
+                self.optimizer.relax(FALL * theta)
         return self
 
     def outcome(self) -> dict[str, Any]:
