@@ -19,8 +19,8 @@ quantizer, :math:`\delta`, and that of :math:`c\,u`; so do their lengths, the ro
 By the triangle inequality a unit step of a latent still moves its own weight, straight through the
 levels, by no more than :math:`\sqrt{M_\theta}` (the root of the mean square over the tensor). At
 :math:`\theta = 1` the step is that of a float parameter in the box :math:`[-cR, cR]`. A scale moves
-:math:`(1 - \theta)` times as far, in its own metric: it stands still where it has no part in the
-weights.
+:math:`(1 - \theta)` times as far, in its own metric: where it has no part in the weights, nothing
+but the momentum that it has left moves it.
 
 Source: Yin, Zhang, Lyu, Osher, Qi, Xin, *BinaryRelax*, SIAM J. Imaging Sciences 11(4), 2018 (arXiv
 1801.06313), with :math:`\lambda = (1 - \theta)/\theta`, whose growth there is geometric; the metric

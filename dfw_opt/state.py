@@ -76,11 +76,13 @@ class LatentOptimizer(Optimizer):
     def relax(self, relaxation: float) -> None:
         r"""Sets the relaxation of all quantized groups, and their parameters to what it makes them.
 
+        Latents and momentum stay. To be called between steps. The value is kept in the groups
+        under the argument's name, in place of any that a group had of its own, and is that of
+        groups that are added later.
+
         Args:
             relaxation: :math:`\theta`, from 1 for the float weights :math:`c\,u` to 0 for the
-                quantized ones :math:`Q(u)`; :mod:`dfw_opt.relaxation` has the formulas. To be
-                called between steps; latents and momentum stay. It is kept in the groups, under
-                this name.
+                quantized ones :math:`Q(u)`; :mod:`dfw_opt.relaxation` has the formulas.
 
         Raises:
             ValueError: it is not in [0, 1], or no group is quantized.
@@ -92,13 +94,15 @@ class LatentOptimizer(Optimizer):
                 f"relaxation={relaxation!r}: no group of this {type(self).__name__} is quantized, "
                 "so there is nothing to relax"
             )
-        for group in groups:
-            started = [p for p in group["params"] if "latent" in self._state_of(p)]
-            for p in started:
-                self._warn_if_overwritten(p, group)
-            group["relaxation"] = float(relaxation)
-            for p in started:
-                self._publish(p, group)
+        pairs = [(p, group) for group in groups for p in group["params"]]
+        started = [(p, group) for p, group in pairs if "latent" in self.state.get(p, ())]
+        for p, group in started:  # before anything changes: a warning may be an error
+            self._state_of(p)  # follows the model to another device
+            self._warn_if_overwritten(p, group)
+        for settings in (self.defaults, *groups):
+            settings["relaxation"] = float(relaxation)
+        for p, group in started:
+            self._publish(p, group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

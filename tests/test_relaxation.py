@@ -228,7 +228,22 @@ class TestSteps:
         most = 7 if kind is UNIFORM else 3
         assert all(len(channel.unique()) <= most for p in params[:2] for channel in p.detach())
         assert same_bits(params[2], still)
-        assert "latent" not in optimizer.state[params[2]]
+        assert params[2] not in optimizer.state
+
+    def test_groups_of_their_own_and_groups_that_come_later(self) -> None:
+        first, second, late = make_params(((4, 60), (3, 50), (4, 40)))
+        groups: list[dict[str, Any]] = [
+            {"params": [first], "relaxation": 1.0},
+            {"params": [second]},
+        ]
+        optimizer = ProjectedDFW(groups)
+        magnitudes = [len(p.detach().abs().unique()) for p in (first, second)]
+        assert magnitudes == [240, 3]
+        optimizer.relax(0.0)
+        optimizer.add_param_group({"params": [late]})
+        assert [group["relaxation"] for group in optimizer.param_groups] == [0.0, 0.0, 0.0]
+        magnitudes = [len(p.detach().abs().unique()) for p in (first, second, late)]
+        assert magnitudes == [4, 3, 4]
 
     @QUANTIZED
     @pytest.mark.parametrize("theta", [0, 1])
