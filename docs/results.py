@@ -450,15 +450,21 @@ def open_table() -> str:
 
 
 def peers_table() -> str:
-    """PARQ, and DFW with the same budget from the main table."""
-    parq, dfw, rows = load("parq"), pick(load("main"), optimizer="dfw"), []
+    """PARQ, and DFW with the same budgets from the main tables."""
+    dfw = pick([*load("main"), *load("long")], optimizer="dfw", shortcut="", seed="0")
+    rows = []
     for net in ("binary", "ternary"):
-        chosen = [*pick(dfw, net=net, seed="0"), *pick(parq, net=net)]
-        for run in sorted(chosen, key=lambda run: (run["optimizer"], run["schedule"])):
+        chosen = [*pick(dfw, net=net), *pick(load("parq"), net=net)]
+        for run in sorted(chosen, key=_by_budget):
             name = NAMES[run["optimizer"]]
             name += f", {run.start}" * bool(run.start)
-            rows.append([NAMES[net], name, run["schedule"], run["lr"], f"{run.accuracy:.1f}"])
-    return markdown(["net", "optimizer", "schedule", "lr", "test accuracy, %"], rows)
+            cells = [NAMES[net], run["epochs"], name, run["schedule"], run["lr"]]
+            rows.append([*cells, f"{run.accuracy:.1f}"])
+    return markdown(["net", "epochs", "optimizer", "schedule", "lr", "test accuracy, %"], rows)
+
+
+def _by_budget(run: Run) -> tuple[int, str, str]:
+    return int(run["epochs"]), run["optimizer"], run["schedule"]
 
 
 def float_first_table() -> str:
