@@ -347,8 +347,9 @@ def _damaged(saved: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield copied
         yield saved | {"state": {**saved["state"], index: None}}
     for number, group in enumerate(saved["param_groups"]):
-        # Nothing depends on these: how a step is made, and options of other quantizers.
-        unused = {"foreach", "fused", "bits", "threshold"}
+        # Nothing depends on these: how a step is made, options of other quantizers, and what older
+        # checkpoints do not have.
+        unused = {"foreach", "fused", "bits", "threshold", "relaxation"}
         if group.get("quantizer") == "ternary":
             unused.remove("threshold")
         for key in group.keys() - unused:
