@@ -111,8 +111,13 @@ def test_resumed_run_ends_bit_for_bit_the_same(
     tmp_path: Path,
 ) -> None:
     settings = choose(net=net, optimizer=optimizer, average=average)
+    assert_resumes(settings, stopped_after, digits, tmp_path)
+
+
+def assert_resumes(settings: Settings, stopped_after: int, digits: Data, tmp_path: Path) -> None:
+    """A run that stops after so many epochs and is resumed ends as one that does not stop."""
     straight = Run(settings, digits)
-    for _ in range(4):
+    for _ in range(settings.epochs):
         straight.train_epoch()
 
     first = Run(settings, digits)

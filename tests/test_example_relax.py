@@ -5,14 +5,13 @@ from pathlib import Path
 
 import cifar_resnet20
 import pytest
-from resnet20 import checkpoint, data
+from resnet20 import data
 from resnet20.data import Data
 from resnet20.errors import UserError
 from resnet20.schedule import relaxation
 from resnet20.settings import Settings
-from resnet20.training import Run, train
-from test_example_float_epochs import levels
-from test_example_training import assert_same
+from resnet20.training import Run
+from test_example_float_epochs import assert_resumes, levels
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +60,7 @@ def test_resumed_run_ends_bit_for_bit_the_same(
     net: str, average: float | None, stopped_after: int, digits: Data, tmp_path: Path
 ) -> None:
     settings = choose(net=net, average=average, relax=0.75)
-    straight = Run(settings, digits)
-    for _ in range(4):
-        straight.train_epoch()
-    first = Run(settings, digits)
-    for _ in range(stopped_after):
-        first.train_epoch()
-    checkpoint.save(tmp_path, first.state_dict())
-    second = train(settings, digits, tmp_path, resume=True)
-    assert_same(second.state_dict(), straight.state_dict())
-    assert_same(second.result.state_dict(), straight.result.state_dict())
+    assert_resumes(settings, stopped_after, digits, tmp_path)
 
 
 def test_flips_are_those_of_the_quantized_weights(digits: Data) -> None:
