@@ -235,12 +235,13 @@ class FrankWolfe(LatentOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_watch", LossWatch(self))
+        later: dict[str, Any] = {"foreach": None, "fused": None}
+        if "quantizer" in self.defaults:
+            self.defaults.setdefault("relaxation", 0.0)
+            later["relaxation"] = 0.0
         for group in self.param_groups:
-            group.setdefault("foreach", None)
-            group.setdefault("fused", None)
-            if "quantizer" in self.defaults:
-                self.defaults.setdefault("relaxation", 0.0)
-                group.setdefault("relaxation", 0.0)
+            for name, value in later.items():
+                group.setdefault(name, value)
             # Options of quantizers that came after the checkpoint or the pickle.
             for name in all_options().keys() & self.defaults.keys():
                 group.setdefault(name, self.defaults[name])

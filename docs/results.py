@@ -469,31 +469,28 @@ def _by_budget(run: Run) -> tuple[int, str, str]:
 
 def float_first_table() -> str:
     """Accuracy by the number of epochs before the weights are quantized."""
-    runs = pick(load("float_first"), seed="0")
-    numbers = sorted({run.float_epochs for run in runs})
+    return by_start("float_first", "float-epochs")
+
+
+def relaxed_table() -> str:
+    """Accuracy by the share of the run after which the weights are quantized."""
+    return by_start("relaxed", "relax")
+
+
+def by_start(table: str, option: str) -> str:
+    """Accuracy by the value of an option, and without it in the sweep."""
+    runs = pick(load(table), seed="0")
+    values = sorted({run[option] for run in runs}, key=float)
     kinds = sorted({tuple(run[key] for key in ("net", "optimizer", "loss", "lr")) for run in runs})
     kinds.sort(key=lambda kind: (NETS.index(kind[0]), OPTIMIZERS.index(kind[1])))
     rows = []
     for net, optimizer, loss, lr in kinds:
         options = {"net": net, "optimizer": optimizer, "loss": loss, "lr": lr, "seed": "0"}
         both = [*pick(load("sweep"), **options), *pick(runs, **options)]
-        found = {run.float_epochs: f"{run.accuracy:.1f}" for run in both}
-        cells = [found.get(number, "") for number in (0, *numbers)]
+        found = {run[option]: f"{run.accuracy:.1f}" for run in both}
+        cells = [found.get(value, "") for value in ("", *values)]
         rows.append([NAMES[net], NAMES[optimizer], lr, *cells])
-    return markdown(["net", "optimizer", "lr", "0", *(str(number) for number in numbers)], rows)
-
-
-def relaxed_table() -> str:
-    """Accuracy by the share of the run after which the weights are quantized."""
-    runs, rows = load("relaxed"), []
-    shares = sorted({run["relax"] for run in runs})
-    for net in NETS[1:]:
-        for lr in sorted({run.lr for run in pick(runs, net=net)}):
-            options = {"net": net, "lr": f"{lr:g}", "optimizer": "dfw", "loss": "svm", "seed": "0"}
-            both = [*pick(load("sweep"), **options), *pick(runs, **options)]
-            found = {run["relax"]: f"{run.accuracy:.1f}" for run in both}
-            rows.append([NAMES[net], f"{lr:g}", *(found.get(share, "") for share in ("", *shares))])
-    return markdown(["net", "lr", "0", *shares], rows)
+    return markdown(["net", "optimizer", "lr", "0", *values], rows)
 
 
 def architectures_table() -> str:
