@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from dfw_opt import fused, native
+
+if TYPE_CHECKING:
+    from resnet20.data import Data
 
 torch.set_num_threads(1)
 
@@ -22,6 +25,16 @@ settings.register_profile("ci", parent=settings.get_profile("local"), derandomiz
 # For a search by hand: pytest --hypothesis-profile=thorough
 settings.register_profile("thorough", parent=settings.get_profile("local"), max_examples=5000)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    """A few images for runs of the example."""
+    from resnet20 import data  # which only tests of the example need
+
+    everything = data.load(None, limit=48)
+    few = everything.held_out.part(0, 40)
+    return data.Data(everything.name, everything.train, few, "test", False)
 
 
 @pytest.fixture(autouse=True)

@@ -140,11 +140,15 @@ def everything(optimizer: Optimizer) -> Any:
 
 def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
     """What the parameter must hold, from the optimizer's state alone."""
-    state, theta = optimizer.state[p], group["relaxation"]
-    weight = quantized(state, group)
+    return relaxed(optimizer.state[p], group).to(p.dtype)
+
+
+def relaxed(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+    """In the dtype of the state."""
+    theta, weight = group["relaxation"], quantized(state, group)
     if theta > 0:
         weight = (1 - theta) * weight + theta * state["unit"] * state["latent"]
-    return weight.to(p.dtype)
+    return weight
 
 
 def quantized(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:

@@ -22,12 +22,6 @@ PAIRS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def digits() -> Data:
-    everything = data.load(None, limit=48)
-    return Data(everything.name, everything.train, everything.held_out.part(0, 40), "test", False)
-
-
 def choose(**given: object) -> Settings:
     small = {"device": "cpu", "amp": "off", "batch_size": 16, "epochs": 2, "average": 0.5}
     return Settings.choose(small | given)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import cifar_resnet20
 import pytest
-from resnet20 import checkpoint, data
+from resnet20 import checkpoint
 from resnet20.data import Data
 from resnet20.distributed import Team
 from resnet20.errors import UserError
@@ -20,12 +20,6 @@ EVERYONE = pytest.mark.parametrize(
     ("net", "optimizer"),
     [("binary", "dfw"), ("xnor", "dfw"), ("ternary", "dfw"), ("ternary", "sgd"), ("xnor", "adam")],
 )
-
-
-@pytest.fixture(scope="module")
-def digits() -> Data:
-    everything = data.load(None, limit=48)
-    return Data(everything.name, everything.train, everything.held_out.part(0, 40), "test", False)
 
 
 def choose(**given: object) -> Settings:

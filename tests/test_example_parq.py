@@ -10,7 +10,7 @@ from typing import Any
 import cifar_resnet20
 import pytest
 import torch
-from resnet20 import checkpoint, data, nets
+from resnet20 import checkpoint, nets
 from resnet20.data import Data
 from resnet20.errors import UserError
 from resnet20.settings import Settings
@@ -25,12 +25,6 @@ NETS = pytest.mark.parametrize("net", LEVELS)
 ARCHES = pytest.mark.parametrize("arch", nets.ARCHES)
 JOB = ["--optimizer=parq", "--limit=48", "--batch-size=16", "--threads=1", "--device=cpu"]
 JOB += ["--amp=off", "--epochs=2"]
-
-
-@pytest.fixture(scope="module")
-def digits() -> Data:
-    everything = data.load(None, limit=48)
-    return Data(everything.name, everything.train, everything.held_out.part(0, 40), "test", False)
 
 
 def choose(**given: object) -> Settings:

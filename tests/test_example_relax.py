@@ -5,19 +5,12 @@ from pathlib import Path
 
 import cifar_resnet20
 import pytest
-from resnet20 import data
 from resnet20.data import Data
 from resnet20.errors import UserError
 from resnet20.schedule import relaxation
 from resnet20.settings import Settings
 from resnet20.training import Run
 from test_example_float_epochs import assert_resumes, levels
-
-
-@pytest.fixture(scope="module")
-def digits() -> Data:
-    everything = data.load(None, limit=48)
-    return Data(everything.name, everything.train, everything.held_out.part(0, 40), "test", False)
 
 
 def choose(**given: object) -> Settings:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from resnet20 import checkpoint, data, files, nets, report
+from resnet20 import checkpoint, files, nets, report
 from resnet20.data import Data
 from resnet20.errors import UserError
 from resnet20.meter import Meter
@@ -19,12 +19,6 @@ from resnet20.training import Run, train
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def digits() -> Data:
-    everything = data.load(None, limit=48)
-    return Data(everything.name, everything.train, everything.held_out.part(0, 40), "test", False)
 
 
 def choose(**given: object) -> Settings:

@@ -279,7 +279,7 @@ class TestSteps:
         assert all(same_bits(p, q) for p, q in zip(params, twins, strict=True))
 
     def test_float_groups_do_not_read_it(self) -> None:
-        """So a loop can set it in all groups; a float group still has its kernels."""
+        """They may have the key, from the optimizer's default; they still have their kernels."""
         params = make_params()
         twins = clone_params(params)
         left = ProjectedDFW(params, quantizer=None, radius=0.5, relaxation=0.7, fused=True)

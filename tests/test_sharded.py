@@ -16,7 +16,7 @@ import pytest
 import sharded_ranks
 import torch
 import torch.distributed as dist
-from helpers import KINDS, MAIN_KINDS, Kind, fingerprint, same_bits
+from helpers import KINDS, MAIN_KINDS, Kind, fingerprint, relaxed, same_bits
 from ranks import Results, World, launch
 from sharded_ranks import (
     BAD,
@@ -37,8 +37,6 @@ from sharded_ranks import (
     train_all,
 )
 from torch import Tensor
-
-from dfw_opt.quantizers import binary, ternary
 
 EACH = pytest.mark.parametrize("kind", FOUR, ids=str)
 TOLERANCE = 1e-10
@@ -125,13 +123,13 @@ def assert_quantized(values: dict[str, Tensor], theta: float = 0.0) -> None:
     latents = [name.removesuffix(".latent") for name in values if name.endswith(".latent")]
     assert len(latents) >= 2
     for i in latents:
-        if f"{i}.scale" in values:
-            wanted = binary.quantize(*(values[f"{i}.{key}"] for key in ("latent", "unit", "scale")))
-        else:
-            keys = ("latent", "unit", "scale_pos", "scale_neg", "delta")
-            wanted = ternary.quantize(*(values[f"{i}.{key}"] for key in keys))
-        if theta > 0:
-            wanted = (1 - theta) * wanted + theta * values[f"{i}.unit"] * values[f"{i}.latent"]
+        state = {
+            name.removeprefix(f"{i}."): value
+            for name, value in values.items()
+            if name.startswith(f"{i}.")
+        }
+        quantizer = "binary" if "scale" in state else "ternary"
+        wanted = relaxed(state, {"quantizer": quantizer, "relaxation": theta})
         assert same_bits(values[i], wanted)
 
 
