@@ -1,35 +1,29 @@
 """Whether a checkpoint is one of this optimizer, for these parameters: decided before loading."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dfw_opt.quantizers import QUANTIZERS
-from dfw_opt.sharding import all_finite, is_sharded, placed_alike
-from dfw_opt.validate import SETTINGS, check_hyperparameters, options_of
+from dfw_opt import sharding
+from dfw_opt.validate import check_settings, note_written
 
-__all__ = ["check_checkpoint", "momentum_key"]
+if TYPE_CHECKING:
+    from dfw_opt.lifecycle import LatentOptimizer
 
+__all__ = ["aligned", "restore"]
 
+_SAME = ("norm", "quantizer", "layout", "scale_axis", "scale_groups")
+"""Settings that decide what the state of a parameter means."""
 _REMEDY = (
     "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict "
     "(StateDictOptions(full_state_dict=True) if it is whole)"
 )
 
 
-def momentum_key(variable: str) -> str:
-    """Where the state keeps the momentum of ``variable``: a key, or "" for the parameter itself."""
-    return "momentum_buffer" if variable in ("", "latent") else f"{variable}_momentum_buffer"
-
-
-def check_checkpoint(
-    incoming: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    defaults: Mapping[str, Any],
-) -> None:
-    """Checks a state dict against the groups that are to take it.
+def aligned(incoming: Mapping[str, Any], optimizer: "LatentOptimizer") -> dict[str, Any]:
+    """A state dict with its parameters in the order of the optimizer's groups.
 
     Raises:
         ValueError: it is not a state dict, or of another optimizer, or of other parameters.
@@ -41,83 +35,107 @@ def check_checkpoint(
             "not an optimizer's state dict: it needs 'state' and 'param_groups', as "
             f"optimizer.state_dict() returns them, but has {sorted(map(str, incoming))}"
         )
-    saved_groups = incoming["param_groups"]
+    saved_groups, groups = incoming["param_groups"], optimizer.param_groups
     if len(saved_groups) != len(groups):
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, "
             f"but this optimizer has {len(groups)}"
         )
+    result = []
     for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        _check_group(number, saved, group, defaults)
-        for index, p in zip(saved["params"], group["params"], strict=True):
-            _check_state(incoming["state"].get(index, {}), p, saved, number)
+        _check_group(number, saved, group, optimizer)
+        ordered = _by_name(number, saved, group)
+        result.append(ordered)
+        for index, p in zip(ordered["params"], group["params"], strict=True):
+            _check_state(incoming["state"].get(index, {}), p, optimizer, number)
+    return {**incoming, "param_groups": result}
 
 
 def _check_group(
-    number: int, saved: Mapping[str, Any], group: Mapping[str, Any], defaults: Mapping[str, Any]
+    number: int, saved: Any, group: Mapping[str, Any], optimizer: "LatentOptimizer"
 ) -> None:
     if not isinstance(saved, dict) or not isinstance(saved.get("params"), list):
         raise ValueError(f"the checkpoint's parameter group {number} is none: it lacks 'params'")
-    # Other defaults (foreach, and those that torch adds) do not change what a step computes.
-    # Nor do options of quantizers that neither side uses: a checkpoint may be older than they are.
-    quantizers = (saved.get("quantizer"), group.get("quantizer"))
-    needed = SETTINGS | {option.name for q in quantizers for option in options_of(q)}
-    missing = sorted((needed & set(defaults)) - set(saved))
+    missing = sorted(optimizer.defaults.keys() & group.keys() - saved.keys() - {"differentiable"})
     if missing:
         raise ValueError(
             f"the checkpoint is of another optimizer: its parameter group {number} lacks {missing}"
         )
     if len(saved["params"]) != len(group["params"]):
         raise ValueError(
-            f"loaded state dict contains a parameter group that doesn't match the size of "
-            f"optimizer's group: group {number} has {len(saved['params'])} parameters, "
-            f"but here {len(group['params'])}"
+            "loaded state dict contains a parameter group that doesn't match the size of "
+            f"optimizer's group: group {number} has {len(saved['params'])} parameters, but here "
+            f"{len(group['params'])}"
         )
-    check_hyperparameters(saved, defaults)
+    check_settings(saved, optimizer.defaults)
+    for name in _SAME:
+        if saved.get(name) != group.get(name):
+            raise ValueError(
+                f"the checkpoint's parameter group {number} has {name}={saved.get(name)!r}, but "
+                f"here it is {name}={group.get(name)!r}; make the optimizer as it was"
+            )
 
 
-def _check_state(
-    state: Mapping[str, Any], p: Tensor, saved: Mapping[str, Any], number: int
-) -> None:
+def _by_name(number: int, saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """``saved`` in the order of ``group``, where both have names."""
+    theirs, ours = saved.get("param_names"), group.get("param_names")
+    if theirs is None or ours is None or theirs == ours:
+        return saved
+    if sorted(theirs) != sorted(ours):
+        raise ValueError(
+            f"parameter group {number} is of other parameters: the checkpoint's are {theirs}, but "
+            f"here they are {ours}; make the groups as they were"
+        )
+    index = dict(zip(theirs, saved["params"], strict=True))
+    return saved | {"params": [index[name] for name in ours], "param_names": ours}
+
+
+def _check_state(state: Any, p: Tensor, optimizer: "LatentOptimizer", number: int) -> None:
     where = f"the checkpoint's state of a parameter of shape {tuple(p.shape)} in group {number}"
     if not isinstance(state, Mapping):
         raise ValueError(f"{where} is {state!r}, not a dictionary")
-    shapes = _state_shapes(p, saved)
-    if p.requires_grad and not set(shapes) <= set(state):
+    own = optimizer.state.get(p)
+    found = state.keys() - {"plane_height"}
+    if own is not None and found != own.keys():
+        lacks, more = sorted(own.keys() - found), sorted(found - own.keys())
         raise ValueError(
-            f"{where} lacks {sorted(set(shapes) - set(state))}; if it was frozen when this was "
-            "saved: freeze it, load, then unfreeze"
+            f"{where} lacks {lacks} and has {more} instead; if it was frozen when this was saved: "
+            "freeze it, load, then unfreeze"
         )
-    trained = [""] if saved.get("quantizer") is None else QUANTIZERS[saved["quantizer"]].variables
-    shapes |= {momentum_key(key): shapes.get(key, p.shape) for key in trained}
-    unknown = set(state) - set(shapes)
-    if unknown:
-        raise ValueError(f"{where} is of another optimizer: it holds {sorted(unknown)}")
     for key, value in state.items():
-        shape = shapes[key]
-        if not isinstance(value, Tensor) or value.shape != shape:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{where} has {key} of shape {found}, not {tuple(shape)}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where} has {key} that is a {type(value).__name__}, not a tensor")
+        shape = p.shape if value.dim() and own is None else (own or {}).get(key, value.new_zeros(())).shape
+        if value.shape != shape:
+            raise ValueError(f"{where} has {key} of shape {tuple(value.shape)}, not {tuple(shape)}")
         # A single number is the same on all processes, whether it says so or not.
-        if is_sharded(value) != is_sharded(p) and (is_sharded(value) or value.dim() > 0):
-            is_not = "not sharded" if is_sharded(p) else "sharded"
-            raise ValueError(f"{where} has {key} that is {is_not}, unlike the parameter; {_REMEDY}")
-        if shape == p.shape and not placed_alike(value, p):
-            raise ValueError(
-                f"{where} has {key} that is sharded otherwise than the parameter; {_REMEDY}"
-            )
-        if not value.is_floating_point():
-            raise ValueError(f"{where} has {key} of dtype {value.dtype}, not floating point")
-        if value.layout != torch.strided or value.is_meta:
-            raise ValueError(f"{where} has {key} that is sparse, or without values")
-        if not all_finite(value):
+        if value.dim() and not sharding.placed_alike(value, p):
+            raise ValueError(f"{where} has {key} that is not sharded as the parameter is; {_REMEDY}")
+        if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
+            raise ValueError(f"{where} has {key} that is sparse, not floating point, or has no values")
+        # Before the first step there is no plane.
+        if key != "plane_height" and not sharding.all_finite(value):
             raise ValueError(f"{where} has {key} with NaN or infinite values")
 
 
-def _state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """What a quantizer keeps for ``p``."""
-    if group.get("quantizer") is None:
-        return {}
-    meta = torch.empty(p.shape, dtype=p.dtype, device="meta")
-    started = QUANTIZERS[group["quantizer"]].start(meta, group)
-    return {key: value.shape for key, value in started.items()}
+@torch.inference_mode(False)
+@torch.no_grad()
+def restore(optimizer: "LatentOptimizer", loaded: Mapping[str, Any]) -> None:
+    """Undoes what torch does to a loaded state: casts to the parameter's dtype, and sharing."""
+    for saved, group in zip(loaded["param_groups"], optimizer.param_groups, strict=True):
+        for index, p in zip(saved["params"], group["params"], strict=True):
+            state = dict(loaded["state"].get(index, {}))
+            if "plane_height" in state:
+                optimizer._height.copy_(sharding.whole(state.pop("plane_height")))
+            if not state:
+                optimizer.state.pop(p, None)
+                continue
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            optimizer.state[p] = {
+                key: sharding.placed_as_state(value.detach().to(p.device, dtype, copy=True), p)
+                for key, value in state.items()
+            }
+            if "latent" in state:
+                optimizer._quantize(group, [p])
+    optimizer._seen.clear()
+    note_written(optimizer)

@@ -1,66 +1,114 @@
-"""DFW: Deep Frank-Wolfe for float networks."""
+"""The optimizers: :class:`FrankWolfe` with the settings that each kind of network needs."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dfw_opt.data_parallel import Ranks
 from dfw_opt.optimizer import FrankWolfe
+from dfw_opt.sharding import Ranks
 
-__all__ = ["DFW"]
+__all__ = ["DFW", "ProjectedDFW", "TernaryDFW"]
 
+LR = 0.1
+"""The default of all three, in both norms."""
 
-class DFW(FrankWolfe):
-    r"""Deep Frank-Wolfe: SGD's direction, with the step size of a proximal problem.
-
-    SGD linearises regulariser, network and loss. DFW keeps the loss, which it knows to be
-    non-negative, and linearises the rest. At weights :math:`w`, mini-batch loss :math:`\ell`
-    (without the regulariser) and its gradient :math:`\delta`, with weight decay
-    :math:`r = \lambda w` and the learning rate :math:`\eta`, momentum :math:`\mu`:
-
-    .. math::
-
-        \begin{aligned}
-        &\rule{110mm}{0.4pt}\\
-        &\gamma = \operatorname{clip}_{[0,1]}
-            \frac{\ell - \sum\eta\langle\delta, r\rangle}{\sum\eta\|\delta\|^2 + \varepsilon}
-            \qquad\text{one for all parameters}\\
-        &z \leftarrow \mu z - \eta\gamma\,(\delta + r)\\
-        &w \leftarrow w - \eta\,(r + \gamma\delta) + \mu z\\
-        &\rule{110mm}{0.4pt}
-        \end{aligned}
-
-    The sums run over all parameters, each with the :math:`\eta` of its group. With
-    :math:`\lambda = \mu = 0` the step is :math:`\eta\gamma = \min(\eta, \ell/\|\delta\|^2)`, a
-    clipped Polyak step: :math:`\eta` is an upper limit, and the step shrinks with the loss.
-
+_ARGS = r"""
     Args:
-        params: parameters, or groups of parameters that override the settings below.
-        lr: :math:`\eta \ge 0`, the paper's proximal coefficient; a float or a 1-element tensor.
-        momentum: :math:`\mu \in [0, 1)`.
-        weight_decay: :math:`\lambda \ge 0`. Not written into ``.grad``, and not part of the loss
-            that is passed to :meth:`~dfw_opt.optimizer.FrankWolfe.step`.
-        eps: :math:`\varepsilon \ge 0`. As :math:`\gamma` is one for all, that of the first group
-            counts.
-        foreach: whether to use torch's multi-tensor kernels; ``None`` means yes. The other path is
-            the same step, one tensor at a time.
-        fused: whether to use kernels of our own, which move as little memory as the step needs.
-            They do float32 parameters on the CPU, where there is a C compiler; all else is done as
-            ``foreach`` says. ``None`` means yes for models of 65,536 elements or more, unless
-            ``foreach`` is given. The first such step on a machine waits about a second for the
-            compiler. ``foreach=True`` and ``fused=True`` together are refused.
+        params: parameters, or groups of parameters that override the settings below;
+            :func:`~dfw_opt.param_groups` makes groups of a model.
+        lr: :math:`\eta \ge 0`; a float or a 1-element tensor. In the spectral norm the *relative*
+            length of the longest step: at 1, a step may change every matrix by its own size. In the
+            Euclidean norm the paper's proximal coefficient, an upper limit of the learning rate.
+        momentum: :math:`\mu \in [0, 1)`. In the spectral norm that of the plane, one for all groups.
+        weight_decay: :math:`\lambda \ge 0`; on a latent it acts on :math:`u`, on scales not at all.
+            Not written into ``.grad``, and not part of the loss that is passed to ``step``.
+        eps: :math:`\varepsilon \ge 0`, one for all groups.
+        norm: ``"spectral"`` or ``"euclidean"``, one for all groups.
+"""
+_BOX_ARGS = r"""
+        radius: :math:`R > 0` of the box :math:`[-R, R]^p`, or ``None`` for no box. Together,
+            ``quantizer=None, radius=None`` make a group plain :class:`DFW`, as biases and norms need.
+        step_size: in the Euclidean norm: ``"exact"`` solves for :math:`\gamma` over the box;
+            ``"closed_form"`` takes that of :class:`DFW`, as if there were none, and projects after.
+        relaxation: :math:`\theta \in [0, 1]`, for a start with float weights: quantized parameters
+            hold :math:`(1 - \theta)\,Q(u) + \theta\,c\,u`. To be lowered to 0 over training by
+            :meth:`~dfw_opt.lifecycle.LatentOptimizer.relax`.
+"""
+_REST = r"""
         process_group: over which ranks the loss is averaged, so that :math:`\gamma` is the same on
             all of them: ``"world"``, all ranks, where ``torch.distributed`` is initialised when a
             step is made; a ``ProcessGroup``; or ``None``, no others.
 
     Raises:
         TypeError: a parameter is not real floating point, or flattened by FSDP1; or
-            ``process_group`` is neither a process group of this rank, nor ``"world"``, nor
-            ``None``.
-        ValueError: a setting is out of range; the message names it.
+            ``process_group`` is none.
+        ValueError: a setting is out of range or of no use; the message names it. Or a parameter to
+            be quantized has fewer than two dimensions, or holds NaN or infinity.
+"""
+
+T = TypeVar("T", bound=type)
+
+
+def _documented(own: str = "", box: bool = True) -> Callable[[T], T]:
+    """Puts the shared description of arguments in the place of ``{arguments}``."""
+
+    def document(cls: T) -> T:
+        text = _ARGS.rstrip() + own.rstrip() + (_BOX_ARGS.rstrip() if box else "") + _REST
+        cls.__doc__ = (cls.__doc__ or "").replace("{arguments}", text.strip())
+        return cls
+
+    return document
+
+
+@_documented(box=False)
+class DFW(FrankWolfe):
+    r"""Deep Frank-Wolfe for float networks: a step whose size follows from the loss.
+
+    At :math:`v`, with loss :math:`\ell` and gradient :math:`\delta` of the batch, look-ahead
+    :math:`g = \mu m + (1 - \mu)\delta` and :math:`\rho` the size of the variable,
+
+    .. math::
+
+        \begin{aligned}
+        &\rule{110mm}{0.4pt}\\
+        &m \leftarrow \mu m + (1 - \mu)\,\delta, \qquad
+            h \leftarrow \mu h_\text{left} + (1 - \mu)\,\ell\\
+        &D = \rho\,\sqrt{\max(\text{rows}, \text{columns})}\;UV^\top,
+            \qquad U\Sigma V^\top = g\\
+        &\gamma = \operatorname{clip}_{[0,1]}
+            \frac{h - \sum\eta\langle m, \lambda v\rangle}
+                 {\sum\eta\langle m, D\rangle + \varepsilon}
+            \qquad\text{one for all parameters}\\
+        &h_\text{left} = \max\bigl(0,\ h - \textstyle\sum\eta\langle m, \lambda v\rangle
+            - \gamma\sum\eta\langle m, D\rangle\bigr)\\
+        &v \leftarrow v - \eta\,(\lambda v + \gamma D)\\
+        &\rule{110mm}{0.4pt}
+        \end{aligned}
+
+    with :math:`D = \rho\,g/\operatorname{rms}(g)` for vectors. The size :math:`\rho` of a matrix is
+    its root mean square at the start, at least :math:`0.1/\sqrt{\text{fan in}}`; that of a vector
+    :math:`0.1 \max(1, \operatorname{rms})`.
+
+    With ``norm="euclidean"`` this is the algorithm of the paper:
+
+    .. math::
+
+        \begin{aligned}
+        &\rule{110mm}{0.4pt}\\
+        &\gamma = \operatorname{clip}_{[0,1]}
+            \frac{\ell - \sum\eta\langle\delta, \lambda v\rangle}{\sum\eta\|\delta\|^2 + \varepsilon}\\
+        &z \leftarrow \mu z - \eta\gamma\,(\delta + \lambda v), \qquad
+            v \leftarrow v - \eta\,(\lambda v + \gamma\delta) + \mu z\\
+        &\rule{110mm}{0.4pt}
+        \end{aligned}
+
+    {arguments}
 
     >>> import torch
     >>> model = torch.nn.Linear(4, 3)
-    >>> optimizer = DFW(model.parameters(), lr=0.1)
+    >>> optimizer = DFW(model.parameters())
     >>> loss = torch.nn.functional.cross_entropy(model(torch.ones(2, 4)), torch.tensor([0, 2]))
     >>> loss.backward()
     >>> _ = optimizer.step(loss=loss)
@@ -68,30 +116,143 @@ class DFW(FrankWolfe):
     tensor(True)
 
     Source: Berrada, Zisserman, Pawan Kumar, *Deep Frank-Wolfe for Neural Network Optimization*,
-    ICLR 2019 (arXiv 1811.07591), Algorithm 1.
+    ICLR 2019 (arXiv 1811.07591), Algorithm 1; :mod:`dfw_opt.optimizer` and :mod:`dfw_opt.norms`
+    have those of the spectral norm.
     """
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor = LR,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         eps: float = 1e-5,
         *,
-        foreach: bool | None = None,
-        fused: bool | None = None,
+        norm: str = "spectral",
         process_group: Ranks = "world",
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "eps": eps,
-                "foreach": foreach,
-                "fused": fused,
-            },
-            process_group,
-        )
+        super().__init__(params, _settings(locals()), process_group)
+
+
+@_documented(
+    r"""
+        quantizer: ``"binary"``; ``"uniform"`` for weights of ``bits`` bits, see
+            :mod:`dfw_opt.quantizers.uniform`; or ``None`` to keep the parameter itself in the box,
+            for models that quantize in their own layers.
+        bits: of a ``"uniform"`` weight, 2 to 8 (``None``: 4): :math:`2^\text{bits} - 1` levels."""
+)
+class ProjectedDFW(FrankWolfe):
+    r"""Deep Frank-Wolfe over a box, for binary weights and weights of a few bits.
+
+    The box :math:`[-R, R]^p` is the relaxation of weights in :math:`\{-1, 1\}`. Each quantized
+    parameter holds :math:`Q(u)`, for binary weights :math:`c\,a\,\operatorname{sign}(u)`, from
+    construction on and after every step; its normalised latent :math:`u` is
+    ``optimizer.state[p]["latent"]``, in float32. A step is that of :class:`DFW`, with gradients
+    pulled back to the latents (:mod:`dfw_opt.quantizers`) and projected onto the box. In the
+    Euclidean norm the box takes part in :math:`\gamma`: with :math:`d = M^{-1}\delta`,
+
+    .. math::
+
+        \begin{aligned}
+        &\rule{110mm}{0.4pt}\\
+        &v(\gamma) = \Pi_{[-R, R]}\bigl(v - \eta\,(\lambda v + \gamma d)\bigr)\\
+        &\gamma\ \text{solves}\ \ell + \sum\langle d, v(\gamma) - v\rangle_M = \varepsilon\gamma
+            \ \text{on}\ [0, 1]\text{, or is the end point nearest to that}\\
+        &z \leftarrow \mu z - \eta\gamma\,(d + \lambda v), \qquad
+            v \leftarrow \Pi_{[-R, R]}\bigl(v - \eta\,(\lambda v + \gamma d) + \mu z\bigr)\\
+        &\rule{110mm}{0.4pt}
+        \end{aligned}
+
+    {arguments}
+
+    A frozen parameter is left as it is until it is unfrozen and has a gradient.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 3)
+    >>> optimizer = ProjectedDFW(
+    ...     [{"params": model.weight}, {"params": model.bias, "quantizer": None, "radius": None}]
+    ... )
+    >>> model.weight.abs().unique(dim=1).shape  # one magnitude per output channel
+    torch.Size([3, 1])
+
+    Source: the poster *Binary Neural Networks* (Paren, Jaeckle, Berrada, Zisserman, Pawan Kumar);
+    the quantizer from Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = LR,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eps: float = 1e-5,
+        *,
+        norm: str = "spectral",
+        quantizer: str | None = "binary",
+        bits: int | None = None,
+        radius: float | None = 1.0,
+        step_size: str = "exact",
+        relaxation: float = 0.0,
+        process_group: Ranks = "world",
+    ) -> None:
+        super().__init__(params, _settings(locals()), process_group)
+
+
+@_documented(
+    r"""
+        quantizer: ``"ternary"``, ``"binary"`` or ``None``, as in :class:`ProjectedDFW`.
+        threshold: :math:`t \in [0, 1)`; weights with :math:`|u| \le t \max|u|` are 0."""
+)
+class TernaryDFW(FrankWolfe):
+    r"""Deep Frank-Wolfe for Trained Ternary Quantization: latents and scales in one step.
+
+    Each quantized parameter holds :math:`Q(u) \in \{-c\,W_n,\ 0,\ c\,W_p\}`, from construction on
+    and after every step. Its state has the normalised latent :math:`u` (``"latent"``, float32) and
+    the scales :math:`W_p` (``"scale_pos"``) and :math:`W_n` (``"scale_neg"``). All three are
+    variables of the step of :class:`ProjectedDFW`, with one :math:`\gamma`: latents in
+    :math:`[-R, R]`, scales bounded below by 0.001 and free of weight decay. They need no learning
+    rate of their own: in the spectral norm a scale moves by a tenth of its first value at most, in
+    the Euclidean norm, in the metric of the weights, by the mean gradient of its zone
+    (:mod:`dfw_opt.quantizers.ternary` has the formulas).
+
+    {arguments}
+
+    A frozen parameter is left as it is until it is unfrozen and has a gradient.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 3)
+    >>> optimizer = TernaryDFW(
+    ...     [{"params": model.weight}, {"params": model.bias, "quantizer": None, "radius": None}]
+    ... )
+    >>> model.weight.unique().numel() <= 3
+    True
+
+    Source: Zhu et al., *Trained Ternary Quantization*, ICLR 2017 (arXiv 1612.01064), trained as
+    in the poster *Binary Neural Networks* (Paren, Jaeckle, Berrada, Zisserman, Pawan Kumar).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = LR,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eps: float = 1e-5,
+        *,
+        norm: str = "spectral",
+        quantizer: str | None = "ternary",
+        threshold: float = 0.05,
+        radius: float | None = 1.0,
+        step_size: str = "exact",
+        relaxation: float = 0.0,
+        process_group: Ranks = "world",
+    ) -> None:
+        super().__init__(params, _settings(locals()), process_group)
+
+
+def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor that are settings of groups, and how a tensor is to be read."""
+    others = ("self", "params", "process_group", "__class__")
+    own = {name: value for name, value in arguments.items() if name not in others}
+    channels = {"scale_axis": 0, "scale_groups": 1} if "quantizer" in own else {}
+    return own | {"layout": "matrix"} | channels

@@ -1,25 +1,35 @@
-"""Checks of settings: every error names the argument, its value, and what to write instead."""
+"""Checks of settings, parameters and the loss: an error names the argument, its value, what to do."""
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from dfw_opt.quantizers import QUANTIZERS, Option
-from dfw_opt.sharding import all_finite
+from dfw_opt import sharding
+from dfw_opt.quantizers import QUANTIZERS, quantizer_of
+
+if TYPE_CHECKING:
+    from dfw_opt.lifecycle import LatentOptimizer
 
 __all__ = [
-    "SETTINGS",
-    "all_options",
-    "check_hyperparameters",
-    "check_options",
-    "check_parameters",
-    "check_relaxation",
-    "options_of",
+    "after_step",
+    "before_step",
+    "check_group",
+    "check_groups",
+    "check_settings",
+    "describe",
+    "groups_to_relax",
+    "loss_of_step",
+    "note_written",
+    "warn_if_overwritten",
 ]
 
+NORMS = ("spectral", "euclidean")
 STEP_SIZES = ("exact", "closed_form")
+LAYOUTS = ("matrix", "rows", "stack")
 
 # Name: (test of a finite number, what the number must be).
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -29,115 +39,103 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "eps": (lambda x: x >= 0, "at least 0"),
     "radius": (lambda x: x > 0, "greater than 0, or None for no box"),
     "relaxation": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "threshold": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "bits": (
+        lambda x: isinstance(x, int) and 2 <= x <= 8,
+        'a whole number from 2 to 8; for 1 bit, quantizer="binary"',
+    ),
+    "scale_groups": (lambda x: isinstance(x, int) and x >= 1, "a whole number, at least 1"),
 }
-
-SETTINGS = frozenset({*_RANGES, "quantizer", "step_size"} - {"relaxation"})
-"""The hyper-parameters that decide what a step computes, but for options of quantizers, and but for
-the relaxation, which counts as 0 where a checkpoint is older than it."""
-
+_CHOICES = {"norm": NORMS, "step_size": STEP_SIZES, "layout": LAYOUTS}
 # Settings that not all optimizers have, and one that does.
-_SPECIAL = {
-    "quantizer": "ProjectedDFW or TernaryDFW",
-    "radius": "ProjectedDFW or TernaryDFW",
-    "step_size": "ProjectedDFW or TernaryDFW",
-    "relaxation": "ProjectedDFW or TernaryDFW",
+_HOMES = {
+    **dict.fromkeys(
+        ("quantizer", "radius", "step_size", "relaxation", "bits"), "ProjectedDFW or TernaryDFW"
+    ),
+    "threshold": "TernaryDFW",
+    "bits": "ProjectedDFW",
 }
+_USAGE = (
+    "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with a "
+    "closure that calls backward() and returns the loss, or optimizer.watch_loss(criterion) once "
+    "where the loop that calls step() is not yours"
+)
 
 
-def check_hyperparameters(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+# Settings -----------------------------------------------------------------------------------------
+
+
+def check_group(
+    group: Mapping[str, Any], given: Mapping[str, Any], optimizer: "LatentOptimizer"
+) -> None:
+    """Checks a new group, and what the user gave for it.
+
+    Raises:
+        TypeError: a parameter is complex, not floating point, or flattened by FSDP1.
+        ValueError: a value is out of range or no setting here, differs from other groups' where one
+            counts for all, or does not suit a parameter.
+    """
+    check_settings(group, optimizer.defaults)
+    if given.get("bits") is not None and group["quantizer"] != "uniform":
+        raise ValueError(
+            f"bits={given['bits']!r} is for quantizer='uniform', but the group has "
+            f"quantizer={group['quantizer']!r}"
+        )
+    first = optimizer.param_groups[0]
+    shared = ("norm", "eps", *(("momentum",) if group["norm"] == "spectral" else ()))
+    for name in shared:
+        if group[name] != first[name]:
+            raise ValueError(
+                f"{name}={group[name]!r} differs from the first group's {first[name]!r}, but "
+                "counts once for all groups; give it to the optimizer"
+            )
+    for p in group["params"]:
+        if p.requires_grad:
+            _check_parameter(p, group)
+
+
+def check_groups(optimizer: "LatentOptimizer") -> None:
+    """Checks what only all groups of a new optimizer together tell."""
+    groups, default = optimizer.param_groups, optimizer.defaults
+    quantized = [group for group in groups if group.get("quantizer") is not None]
+    if default.get("bits") is not None and all(g["quantizer"] != "uniform" for g in quantized):
+        raise ValueError(
+            f"bits={default['bits']!r} needs quantizer='uniform', but it is "
+            f"quantizer={default['quantizer']!r}"
+        )
+    for group in quantized:
+        if not group["params"]:
+            raise ValueError(
+                f"the group {group.get('name')!r} to be quantized is empty: by default "
+                "dfw_opt.param_groups leaves the first and last Conv and Linear layer in float, and "
+                "layers whose weight is computed; param_groups(model, skip=[]) leaves out none, and "
+                f"{type(optimizer).__name__}(..., quantizer=None) quantizes none"
+            )
+
+
+def check_settings(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Checks the values in ``group`` for an optimizer whose defaults are ``known``.
 
     Raises:
         ValueError: a value is out of range, or names nothing.
     """
-    options = all_options()
-    homes = _SPECIAL | {name: option.optimizer for name, option in options.items()}
-    for name, optimizer in homes.items():
+    for name, home in _HOMES.items():
         if name not in known and group.get(name) is not None:
             raise ValueError(
-                f"{name}={group[name]!r} is no setting of this optimizer; use {optimizer}"
+                f"{name}={group[name]!r} is no setting of this optimizer; use {home}"
             )
-    for name in known:
-        if name in _RANGES and name in group and not (name == "radius" and group[name] is None):
+    for name in _RANGES.keys() & known.keys() & group.keys():
+        if not (name in ("radius", "bits") and group[name] is None):
             _check_number(name, group[name], *_RANGES[name])
-        elif name in options and name in group:
-            _check_number(name, group[name], options[name].test, options[name].meaning)
-    for name in ("foreach", "fused"):
-        if not (group.get(name) is None or isinstance(group[name], bool)):
-            raise ValueError(f"{name}={group[name]!r} must be True, False or None")
-    if group.get("foreach") and group.get("fused"):
-        raise ValueError("foreach=True and fused=True: choose one of the two")
-    if "step_size" in known and group["step_size"] not in STEP_SIZES:
-        raise ValueError(f"step_size={group['step_size']!r} must be one of {list(STEP_SIZES)}")
-    if "quantizer" in known:
-        _check_quantizer(group["quantizer"], known)
-
-
-def check_options(group: Mapping[str, Any]) -> None:
-    """Checks what the quantizer of ``group`` reads anew at every step.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-    for option in options_of(group.get("quantizer")):
-        _check_number(option.name, group[option.name], option.test, option.meaning)
-    if group.get("quantizer") is not None:
-        check_relaxation(group.get("relaxation", 0.0))
-
-
-def check_relaxation(value: Any) -> None:
-    """Checks what quantized parameters are relaxed by.
-
-    Raises:
-        ValueError: it is not a number in [0, 1].
-    """
-    _check_number("relaxation", value, *_RANGES["relaxation"])
-
-
-def all_options() -> dict[str, Option]:
-    """The options of all quantizers, by name."""
-    return {option.name: option for q in QUANTIZERS for option in options_of(q)}
-
-
-def options_of(quantizer: Any) -> tuple[Option, ...]:
-    """The options of the quantizer of that name; none if there is no such."""
-    known = isinstance(quantizer, str) and quantizer in QUANTIZERS
-    return QUANTIZERS[quantizer].options if known else ()
-
-
-def check_parameters(group: Mapping[str, Any]) -> None:
-    """Checks that the parameters of ``group`` suit its quantizer.
-
-    Raises:
-        TypeError: a parameter is complex, not floating point, or flattened by FSDP1.
-        ValueError: a parameter to be quantized has fewer than two dimensions, or is not finite.
-    """
-    quantizer = group.get("quantizer")
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise TypeError(
-                f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; "
-                "only real floating-point parameters can be trained"
-            )
-        if getattr(p, "_fsdp_flattened", False):
-            raise TypeError(
-                f"a parameter of shape {tuple(p.shape)} is a piece of several that "
-                "FullyShardedDataParallel has joined; shard the model with "
-                "torch.distributed.fsdp.fully_shard (FSDP2) instead"
-            )
-        if quantizer is None:
-            continue
-        if p.dim() < 2:
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is in a group with "
-                f"quantizer={quantizer!r}, which needs at least 2 dimensions; leave biases and "
-                "norms in a float group, as dfw_opt.param_groups(model) does"
-            )
-        if p.device.type != "meta" and not all_finite(p):
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} in a group with quantizer={quantizer!r} "
-                "holds NaN or infinity; initialise the model before making the optimizer"
-            )
+    for name in _CHOICES.keys() & known.keys():
+        if group.get(name) not in _CHOICES[name]:
+            raise ValueError(f"{name}={group.get(name)!r} must be one of {list(_CHOICES[name])}")
+    if (name := group.get("quantizer")) is not None and "quantizer" in known:
+        available = [key for key, (_, keys) in QUANTIZERS.items() if {*keys} <= known.keys()]
+        if name not in available:
+            homes = [_HOMES[key] for key in QUANTIZERS.get(name, (None, ()))[1] if key in _HOMES]
+            remedy = f"; use {homes[0]}" if homes else ""
+            raise ValueError(f"quantizer={name!r} must be None or one of {available}{remedy}")
 
 
 def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning: str) -> None:
@@ -149,23 +147,221 @@ def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}={value!r} must be a plain number, {meaning}")
-    if not (_finite(value) and test(value)):
+    # Not math.isfinite(), which overflows for an integer that no float can hold.
+    if not (-sys.float_info.max <= value <= sys.float_info.max and test(value)):
         raise ValueError(f"{name}={value!r} must be {meaning}")
 
 
-def _finite(value: float) -> bool:
-    # Not math.isfinite(), at which torch.compile would break its graph, and which overflows for an
-    # integer that no float can hold.
-    return -sys.float_info.max <= value <= sys.float_info.max
-
-
-def _check_quantizer(quantizer: Any, known: Mapping[str, Any]) -> None:
+def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
+    where, name = f"a parameter of shape {tuple(p.shape)}", group.get("quantizer")
+    if not p.is_floating_point():
+        raise TypeError(
+            f"{where} has dtype {p.dtype}; only real floating-point parameters can be trained"
+        )
+    if getattr(p, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{where} is a piece of several that FullyShardedDataParallel has joined; shard the "
+            "model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
+    quantizer = quantizer_of(group)
     if quantizer is None:
         return
-    available = [
-        name for name in QUANTIZERS if {option.name for option in options_of(name)} <= set(known)
+    if p.dim() < 2 or max(quantizer.axis, default=0) >= p.dim():
+        raise ValueError(
+            f"{where} is in a group with quantizer={name!r} and scale_axis={group['scale_axis']!r}, "
+            "which needs at least 2 dimensions; leave biases and norms in a float group, as "
+            "dfw_opt.param_groups(model) does"
+        )
+    if p.shape[0] % quantizer.groups:
+        raise ValueError(f"scale_groups={quantizer.groups} does not divide the first of {where}")
+    if p.is_meta:
+        raise ValueError(
+            f"{where} in a group with quantizer={name!r} is on the meta device and has no values to "
+            "quantize; make the model real (to_empty(), then initialise it) before the optimizer"
+        )
+    if sharding.is_sharded(p) and quantizer.groups > 1:
+        raise ValueError(f"scale_groups={quantizer.groups}: {where} must not be sharded")
+    if not p.numel():
+        return
+    if not sharding.all_finite(p):
+        raise ValueError(
+            f"{where} in a group with quantizer={name!r} holds NaN or infinity; initialise the model "
+            "before making the optimizer"
+        )
+    levels = {"binary": 2, "ternary": 3}.get(name, 2 ** (group.get("bits") or 1))
+    if sharding.is_sharded(p) or p.numel() < 8 * levels:
+        return
+    channels = p.numel() // quantizer.channel_size(p.detach().unsqueeze(0))
+    if 1 < p.detach().unique().numel() <= min(p.numel() // 4, channels * levels):
+        warnings.warn(
+            f"{where} in a group with quantizer={name!r} is quantized already, so the latents start "
+            "at its levels, far from where they could flip. If this is a second optimizer for the "
+            "same model, make the model anew first, or load the state of the first optimizer",
+            stacklevel=7,
+        )
+
+
+def groups_to_relax(optimizer: "LatentOptimizer", relaxation: float) -> list[dict[str, Any]]:
+    """The quantized groups, if ``relaxation`` can be set.
+
+    Raises:
+        ValueError: it is not in [0, 1], or no group is quantized.
+    """
+    _check_number("relaxation", relaxation, *_RANGES["relaxation"])
+    groups = [group for group in optimizer.param_groups if group.get("quantizer") is not None]
+    if not groups:
+        raise ValueError(
+            f"relaxation={relaxation!r}: no group of this {type(optimizer).__name__} is quantized, "
+            "so there is nothing to relax"
+        )
+    return groups
+
+
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """As torch's ``repr()``, without the options that a group has no use for."""
+    lines = []
+    for number, group in enumerate(optimizer.param_groups):
+        name, norm = group.get("quantizer"), group.get("norm")
+        idle = {"params", "param_names"} | ({"step_size"} if norm == "spectral" else {"layout"})
+        if name is None:
+            idle |= {"relaxation", "scale_axis", "scale_groups", *(() if group.get("radius") else ("step_size",))}
+        own = QUANTIZERS[name][1] if name in QUANTIZERS else ()
+        idle |= {key for _, keys in QUANTIZERS.values() for key in keys} - {*own}
+        lines += [f"Parameter Group {number}: {len(group['params'])} parameters"]
+        lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in idle]
+    return "\n".join([f"{type(optimizer).__name__} (", *lines, ")"])
+
+
+# A step -------------------------------------------------------------------------------------------
+
+
+def loss_of_step(optimizer: "LatentOptimizer", closure: Any, loss: Any) -> tuple[Any, Any]:
+    """What a step is to return, and the loss to step by: passed, the closure's, or watched.
+
+    Raises:
+        TypeError: both of ``closure`` and ``loss`` were given, or neither and none is watched; or
+            the closure cannot be called; or the loss is no real number.
+        ValueError: the loss is not a scalar.
+        RuntimeError: the loss is watched, but has taken part in no ``backward()``.
+    """
+    name, watch = type(optimizer).__name__, optimizer._watch
+    if closure is not None and loss is not None:
+        raise TypeError(f"{name}.step takes a closure or a loss, not both: {_USAGE}")
+    if loss is not None:
+        return loss, _checked("the loss", loss)
+    if closure is None:
+        if watch.active:
+            return None, watch.value(name)
+        if sharding.is_probe(optimizer):
+            return None, 0.0
+        raise TypeError(f"{name}.step needs the loss: {_USAGE}")
+    if not callable(closure):
+        raise TypeError(f"{name}.step: the closure, {closure!r}, cannot be called: {_USAGE}")
+    with torch.enable_grad():
+        loss = closure()
+    # Frameworks that call backward() themselves pass closures that return nothing. The closure's
+    # result may be that of the last micro-batch alone, so that what was watched comes first.
+    if loss is not None or not watch.active:
+        _checked("the closure's result", loss)
+    return loss, watch.value(name) if watch.active else loss
+
+
+def _checked(source: str, loss: Any) -> Any:
+    if not isinstance(loss, Tensor | int | float):
+        raise TypeError(f"{source} is {loss!r}; it must be a real scalar tensor or a number")
+    if isinstance(loss, Tensor) and loss.is_complex():
+        raise TypeError(f"{source} has dtype {loss.dtype}; it must be real")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"{source} has shape {tuple(loss.shape)}; it must be a scalar: reduce it before "
+            "backward(), for example with loss.mean()"
+        )
+    return loss
+
+
+def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
+    """Checks what may have been changed since the last step: settings, and quantized parameters.
+
+    Raises:
+        ValueError: a setting is out of range, or the quantizer of a group is another one.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for number, group in enumerate(optimizer.param_groups):
+        seen = tuple(map(group.get, ("quantizer", "norm", "bits", "threshold", "relaxation")))
+        if optimizer._seen.get(number) == seen:
+            continue
+        check_settings(group, optimizer.defaults)
+        if optimizer._seen.get(number, seen)[:2] != seen[:2]:
+            raise ValueError(
+                f"quantizer={seen[0]!r}, norm={seen[1]!r}: these cannot change once they have been "
+                "chosen; make a new optimizer"
+            )
+        optimizer._seen[number] = seen
+    warn_if_overwritten(optimizer)
+
+
+def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
+    """Warns, once each, of steps that cannot do what they are meant to."""
+    if torch.compiler.is_compiling():
+        return
+    note_written(optimizer)
+    optimizer._watch.clear()
+    if optimizer._ell.device.type == "cpu" and optimizer._ell < 0:  # reading it waits for nothing
+        _warn_once(
+            optimizer,
+            f"the loss is negative ({float(optimizer._ell):.3g}): a step goes to where the loss, "
+            "made linear, reaches zero, so γ is 0 and nothing is learnt. Pass the loss less a lower "
+            "bound: optimizer.step(loss=loss - bound)",
+        )
+    if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        _warn_once(
+            optimizer,
+            "no parameter has a gradient, so that the step changed nothing; was loss.backward() "
+            "called, after optimizer.zero_grad()?",
+        )
+
+
+def _warn_once(optimizer: "LatentOptimizer", text: str) -> None:
+    if (kind := text[:20]) not in optimizer._warned:
+        optimizer._warned.add(kind)
+        warnings.warn(text, stacklevel=5)
+
+
+def note_written(optimizer: "LatentOptimizer") -> None:
+    """Remembers at which version of its tensor each quantized parameter was written."""
+    for p in _whole_quantized(optimizer):
+        optimizer._written[p] = p._version
+
+
+def warn_if_overwritten(optimizer: "LatentOptimizer") -> None:
+    """Values that others put into a quantized parameter are about to be lost: says so.
+
+    Parameters in parts are not looked at: to compare them all ranks are needed, and one rank alone
+    may have been written to.
+    """
+    for p in _whole_quantized(optimizer):
+        if optimizer._written.get(p, p._version) == p._version:
+            continue
+        optimizer._written[p] = p._version
+        before = p.detach().clone()
+        (group,) = (g for g in optimizer.param_groups if any(p is q for q in g["params"]))
+        with torch.no_grad():
+            optimizer._quantize(group, [p])
+        if not torch.equal(p, before):
+            warnings.warn(
+                f"a quantized parameter of shape {tuple(p.shape)} was changed from outside since "
+                "the last step. The change is lost: the optimizer's latents know nothing of it. "
+                "Load weights before making the optimizer",
+                stacklevel=5,
+            )
+
+
+def _whole_quantized(optimizer: "LatentOptimizer") -> list[Tensor]:
+    return [
+        p
+        for group in optimizer.param_groups
+        if group.get("quantizer") is not None
+        for p in group["params"]
+        if p in optimizer.state and not sharding.is_sharded(p)
     ]
-    if quantizer not in available:
-        lacking = [o for o in options_of(quantizer) if o.name not in known]
-        remedy = f"; use {lacking[0].optimizer}" if lacking else ""
-        raise ValueError(f"quantizer={quantizer!r} must be None or one of {available}{remedy}")

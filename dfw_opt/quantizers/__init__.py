@@ -1,29 +1,50 @@
 r"""Quantizers: how a latent becomes a weight, and a weight's gradient the latent's.
 
-A quantizer is, in essence, three things: the state that it keeps for a parameter (a normalised
-latent :math:`u` and whatever else it trains), the map :math:`Q` from that state to the weights the
-network sees, and the pull-back of the gradient at :math:`Q` to the gradient of each trained
-variable.
+Training quantized weights by their latents is mirror descent: the latent :math:`u` is the *dual
+variable*, which gradients move; the quantizer is the *mirror map* :math:`Q`, which takes it to the
+weights that the network is evaluated at. A quantizer is three things: the state that it keeps for a
+parameter, the map :math:`Q`, and the pull-back of the gradient at :math:`Q(u)`, straight through the
+rounding, to the gradient :math:`\delta` of each variable that is trained.
 
-**The metric.** A unit step of a latent changes its weight by about the size of a level of the layer
-(straight through the rounding); one of a shared scale changes thousands of weights at once. So that
-one learning rate serves them all, a step of a variable :math:`v` is measured by the change that it
-makes in the weights: :math:`\|\cdot\|_M^2 = M\|\cdot\|^2`, with :math:`M` the squared change per
-unit step: 1 for a float parameter, one number for all latents of a tensor. How they are counted
-together is each quantizer's to say. Pull-backs therefore return :math:`d = M^{-1}\delta`, the
-gradient in that metric, together with :math:`M`; all inner products in the step size are
-:math:`\langle\cdot,\cdot\rangle_M`.
+**The metric.** A unit step of a latent changes its weight by about the size of a level of the layer;
+one of a shared scale changes thousands of weights at once. In the Euclidean norm, so that one
+learning rate serves them all, a step of a variable is measured by the change that it makes in the
+weights: :math:`\|\cdot\|_M^2 = M\|\cdot\|^2`, with :math:`M` the squared change per unit step: 1 for
+a float parameter, one number for all latents of a tensor.
 
-To add a quantizer, write one file with an object of type
-:class:`~dfw_opt.quantizers.base.Quantizer` and enter it in :data:`QUANTIZERS`.
+To add a quantizer, write one file with a :class:`~dfw_opt.quantizers.base.Quantizer` and enter it
+in :data:`QUANTIZERS`.
 """
 
-from dfw_opt.quantizers.base import Group, Option, Pulled, Quantizer, State
-from dfw_opt.quantizers.binary import BINARY
-from dfw_opt.quantizers.ternary import TERNARY
-from dfw_opt.quantizers.uniform import UNIFORM
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["QUANTIZERS", "Group", "Option", "Pulled", "Quantizer", "State"]
+from dfw_opt.quantizers.base import Pullback, Quantizer, State
+from dfw_opt.quantizers.binary import Binary
+from dfw_opt.quantizers.relaxed import Relaxed
+from dfw_opt.quantizers.ternary import Ternary
+from dfw_opt.quantizers.uniform import Uniform
 
-QUANTIZERS: dict[str, Quantizer] = {"binary": BINARY, "ternary": TERNARY, "uniform": UNIFORM}
-"""Every quantizer by the name that a parameter group gives in its ``quantizer`` key."""
+__all__ = ["QUANTIZERS", "Pullback", "Quantizer", "State", "quantizer_of"]
+
+QUANTIZERS: dict[str, tuple[type[Quantizer], tuple[str, ...]]] = {
+    "binary": (Binary, ()),
+    "ternary": (Ternary, ("threshold",)),
+    "uniform": (Uniform, ("bits",)),
+}
+"""Every quantizer by its name, the ``quantizer`` key of a group, with the group keys of its own."""
+
+
+def quantizer_of(group: Mapping[str, Any]) -> Quantizer | None:
+    """The quantizer that the keys of a parameter group describe; ``None`` for a float group."""
+    if group.get("quantizer") is None:
+        return None
+    kind, keys = QUANTIZERS[group["quantizer"]]
+    axis = group["scale_axis"]
+    quantizer = kind(
+        axis=(axis,) if isinstance(axis, int) else axis,
+        groups=group["scale_groups"],
+        **{key: group[key] for key in keys},
+    )
+    theta = group["relaxation"]
+    return Relaxed(quantizer, theta) if theta else quantizer

@@ -1,101 +1,90 @@
-"""What every quantizer provides, and the normalised latent that they share."""
+"""What every quantizer provides, and the normalised latent and the channels that they share.
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+All functions here and in the quantizers work on batches: tensors of one shape along a first
+dimension, and for each of them numbers of shape ``(batch, 1, ...)``.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dfw_opt.sharding import largest
-
-__all__ = ["Group", "Option", "Pulled", "Quantizer", "State", "normalised_latent"]
+__all__ = ["Pullback", "Quantizer", "State"]
 
 State = dict[str, Tensor]
-"""What the optimizer keeps for one parameter, by name."""
-
-Group = Mapping[str, Any]
-"""The hyper-parameters of a parameter group."""
+"""What is kept for a parameter, or for a batch of them, by name: ``"latent"``, ``"unit"``, scales."""
 
 
-class Pulled(NamedTuple):
-    r"""The gradient of one trained variable, in the metric of the weights that it moves."""
+class Pullback(NamedTuple):
+    r"""The gradient of one trained variable."""
 
     gradient: Tensor
-    r""":math:`d = M^{-1}\delta`, the shape of the variable."""
+    r""":math:`\delta`, the shape of the variable."""
     metric: Tensor | None
-    """:math:`M`, 0-dim: the squared change of the weights per unit step of one variable; one number
-    for a whole tensor of them. ``None`` is 1."""
+    """:math:`M`: the squared change of the weights per unit step of one variable, a number for all
+    of a tensor; ``None`` is 1."""
 
 
-class Option(NamedTuple):
-    """A group key of a quantizer's own, and what its value may be.
+class Quantizer:
+    r"""Latent to weight, and gradient at the weight to gradients of what is trained.
 
-    The optimizer that has it gives its default, as a keyword argument of the same name.
+    Attributes:
+        scales: the state keys of what is trained beside the latent, in the unit :math:`c`.
+        scale_min: their least value.
+        leveled: whether levels follow from the latents, so that the box bounds them.
     """
 
-    name: str
-    test: Callable[[float], bool]
-    """Whether a finite number is allowed; only plain numbers are."""
-    meaning: str
-    """What the number must be, as the error words it, such as "at least 0"."""
-    optimizer: str
-    """The class that has the option, for the error where another is given it."""
+    scales: tuple[str, ...] = ()
+    scale_min = 0.0
+    leveled = True
 
+    def __init__(self, axis: Sequence[int] = (0,), groups: int = 1) -> None:
+        """Takes where the output channels of a weight are, each of which has a scale.
 
-class Quantizer(Protocol):
-    """Latent to weight, and gradient at the weight to gradients of what is trained.
-
-    ``variables`` maps the state keys that are trained to their bounds; ``None`` stands for the box
-    of the group's ``radius``. Only variables under ``radius`` are subject to weight decay.
-    ``derived`` are the state keys that follow from them; with the variables' they tell the state of
-    one quantizer from that of another.
-    ``options`` are the group keys that only this quantizer reads; optimizers check them.
-    """
-
-    @property
-    def variables(self) -> Mapping[str, tuple[float, float] | None]: ...
-
-    @property
-    def derived(self) -> tuple[str, ...]: ...
-
-    @property
-    def options(self) -> tuple[Option, ...]: ...
-
-    def start(self, weight: Tensor, group: Group) -> State:
-        """The whole state for a parameter that holds ``weight``, in float32 or wider.
-
-        It has a ``"latent"`` and its ``"unit"``, whose product are the float weights.
+        Args:
+            axis: the dimensions that number them.
+            groups: of a transposed convolution, whose first dimension they divide.
         """
-        ...
+        self.axis, self.groups = tuple(axis), groups
 
-    def derive(self, state: State, group: Group) -> State:
-        """The part of the state that follows from the variables; called whenever they moved.
+    def start(self, weight: Tensor, radius: float) -> State:
+        r"""The state of parameters that hold ``weight``: :math:`w = c\,u`, :math:`u \in [-R, R]`.
 
-        It is kept so that quantizing and pulling back see the same numbers, to the last bit.
+        The unit is :math:`c = \max|w|`, and at least :math:`1/\sqrt n` where the box bounds the
+        levels, for channels of :math:`n` weights: a layer of tiny weights must outgrow them.
         """
-        ...
+        unit = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True)
+        usual = self.channel_size(weight) ** -0.5
+        # The square of a unit, which is in the metric, must be within what float32 can hold.
+        unit = unit.clamp(min=usual) if self.leveled else torch.where(unit < 1e-15, usual, unit)
+        state = {"latent": (weight / unit).clamp(-radius, radius), "unit": unit}
+        return state | self.starting_scales(state["latent"])
 
-    def quantize(self, state: State, group: Group) -> Tensor:
-        """The weights that the network sees, in the dtype of the state."""
-        ...
+    def starting_scales(self, latent: Tensor) -> State:
+        """The first values of :attr:`scales`."""
+        return {}
 
-    def pull_back(self, grad: Tensor, state: State, group: Group) -> dict[str, Pulled]:
-        """The gradient of every variable, from that at the quantized weights."""
-        ...
+    def quantize(self, state: Mapping[str, Tensor]) -> Tensor:
+        """:math:`Q(u)`: the weights that the network sees."""
+        raise NotImplementedError
 
+    def pull_back(self, grad: Tensor, state: Mapping[str, Tensor]) -> dict[str, Pullback]:
+        r"""From :math:`g`, the gradient at :math:`Q(u)`, those of the latent and of each scale."""
+        raise NotImplementedError
 
-def normalised_latent(weight: Tensor, radius: float | None) -> tuple[Tensor, Tensor]:
-    r"""``weight`` as :math:`c\,u` with :math:`c = \max|w|`, so that :math:`u \in [-1, 1]`.
+    def channel_size(self, x: Tensor) -> int:
+        """:math:`n`, the number of weights of an output channel."""
+        channels = self.groups * math.prod(x.shape[d + 1] for d in self.axis)
+        return x[0].numel() // channels
 
-    A tensor of zeros, or next to it, has no scale of its own: :math:`c = 1` where
-    :math:`\max|w| < 10^{-12}`, since the metric's :math:`c^2` would soon underflow in float32. A
-    ``radius`` below 1 clips :math:`u`.
-
-    Returns:
-        :math:`u`, the shape of ``weight``, and :math:`c`, 0-dim, both in float32 or wider.
-    """
-    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    unit = largest(weight)
-    unit = torch.where(unit < 1e-12, torch.ones_like(unit), unit)
-    latent = weight / unit
-    return (latent if radius is None else latent.clamp_(-radius, radius)), unit
+    def by_channel(self, x: Tensor, how: Callable[..., Tensor]) -> Tensor:
+        """``torch.mean`` or ``torch.amax`` over each output channel, to broadcast over ``x``."""
+        kept = {d + 1 for d in self.axis}
+        if self.groups == 1:
+            return how(x, [d for d in range(1, x.dim()) if d not in kept], keepdim=True)
+        # (group × input, output / groups, ...): a channel is a group and an output within it.
+        grouped = x.unflatten(1, (self.groups, -1))
+        result = how(grouped, [d for d in range(2, x.dim() + 1) if d - 1 not in kept], keepdim=True)
+        return result.expand(-1, -1, grouped.shape[2], *result.shape[3:]).flatten(1, 2)

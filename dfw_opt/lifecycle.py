@@ -1,0 +1,272 @@
+r"""What surrounds the steps of an optimizer with latents: groups, checkpoints, copies, the loss.
+
+The life of a state: it begins when the optimizer is made (for a frozen parameter, with its first
+gradient), follows the model to another device, goes into a checkpoint and comes back from one in
+the dtype that it had.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+from torch.utils.hooks import RemovableHandle
+
+from dfw_opt import norms, sharding, validate
+from dfw_opt.checkpoint import aligned, restore
+from dfw_opt.variables import Stack, stack
+from dfw_opt.watch_loss import LossWatch, loss_of
+
+__all__ = ["LatentOptimizer", "named", "wide"]
+
+
+class LatentOptimizer(Optimizer):
+    r"""A :class:`torch.optim.Optimizer` whose parameters may hold quantized latents.
+
+    What it keeps for a parameter is float32 or wider, and there from construction on. Quantized
+    parameters hold :math:`Q(u)` from construction on and after every step.
+
+    Attributes:
+        process_group: over which ranks the loss is averaged: ``"world"``, a ``ProcessGroup``, or
+            ``None``.
+    """
+
+    process_group: sharding.Ranks
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], process_group: sharding.Ranks = "world"
+    ) -> None:
+        sharding.check_process_group(process_group)
+        self.process_group = process_group
+        self._ready: list[bool] = []  # in place, so that a wrapper's copy of it is the same
+        self._set_up({})
+        super().__init__(params, defaults)
+        validate.check_groups(self)
+        self._hook()
+        # Only once every group is known to be good: a failed construction must not leave
+        # quantized weights behind.
+        for group in self.param_groups:
+            self._start_group(group)
+        self._ready.append(True)
+
+    @property
+    def gamma(self) -> Tensor:
+        r"""The last step's :math:`\gamma`, a new 0-dim tensor; NaN if that step was skipped, or
+        there was none. Reading its value waits for the device.
+        """
+        return self._gamma.clone()
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps changed nothing because the loss or a gradient was NaN or infinite, a new
+        0-dim integer tensor.
+        """
+        return self._skipped.clone()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and with them what has been seen of a watched loss."""
+        super().zero_grad(set_to_none)
+        self._watch.clear()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        The dictionary is copied, so one from :func:`~dfw_opt.param_groups` can serve two
+        optimizers.
+
+        Raises:
+            TypeError: a parameter is not real floating point, or flattened by FSDP1.
+            ValueError: a hyper-parameter is out of range, or differs from the other groups' where
+                one counts for all, or a parameter does not suit its quantizer.
+        """
+        given = dict(param_group) if isinstance(param_group, dict) else param_group
+        super().add_param_group(given)
+        group = self.param_groups[-1]
+        if group.get("quantizer") == "uniform" and group.get("bits") is None:
+            group["bits"] = 4
+        try:
+            validate.check_group(group, param_group, self)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if self._ready:
+            self._start_group(group)
+
+    def watch_loss(
+        self,
+        module: nn.Module,
+        get: Callable[[Any], Tensor | None] = loss_of,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> RemovableHandle:
+        r"""Takes the loss from ``module``, for loops that call ``step()`` without an argument.
+
+        Whatever the loop does with the outputs :math:`\ell_k` of ``module`` before it calls
+        ``backward()`` on a result :math:`f`, as long as :math:`f` is linear in them: the step is
+        made for :math:`\sum_k \langle \partial f/\partial\ell_k, \ell_k\rangle`, the sum over
+        everything since the last step or :meth:`zero_grad`.
+
+        Args:
+            module: a criterion, or a model that returns its loss. Keep a reference to it.
+            get: finds the loss in the output of ``module``; by default it is the output itself, or
+                its ``loss``. Where that is ``None``, there is nothing to be seen.
+            scaler: the gradient scaler, if one is used, for its scale is not part of the loss.
+
+        Returns:
+            A handle, whose ``remove()`` ends it.
+
+        :meth:`step` with ``loss`` ignores what was seen; with a closure, it takes that rather than
+        the closure's result. See :mod:`dfw_opt.watch_loss`.
+
+        Raises:
+            TypeError: ``module`` is no module, ``get`` cannot be called, or ``scaler`` is no
+                ``torch.amp.GradScaler``.
+            ValueError: it is watched already.
+        """
+        return self._watch.add(module, get, scaler)
+
+    @torch.no_grad()
+    def relax(self, relaxation: float) -> None:
+        r"""Sets the relaxation of all quantized groups, and their parameters to what it makes them.
+
+        Latents and momentum stay. To be called between steps. The value is kept in the groups, in
+        place of any that a group had of its own, and is that of groups that are added later.
+
+        Args:
+            relaxation: :math:`\theta`, from 1 for the float weights :math:`c\,u` to 0 for the
+                quantized ones :math:`Q(u)`; :mod:`dfw_opt.quantizers.relaxed` has the formulas.
+
+        Raises:
+            ValueError: it is not in [0, 1], or no group is quantized.
+        """
+        groups = validate.groups_to_relax(self, relaxation)
+        validate.warn_if_overwritten(self)  # before anything changes: it may be an error
+        for settings in (self.defaults, *groups):
+            settings["relaxation"] = float(relaxation)
+        for group in groups:
+            for p in (p for p in group["params"] if p in self.state):
+                self._place(p)
+                self._quantize(group, [p])
+        validate.note_written(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch. Each parameter's state has the height of the plane, which they share."""
+        state_dict = super().state_dict()
+        if self.param_groups[0]["norm"] == "spectral":
+            state_dict["state"] = {
+                index: state | {"plane_height": self._height.clone()}
+                for index, state in state_dict["state"].items()
+            }
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint, see :meth:`torch.optim.Optimizer.load_state_dict`.
+
+        Parameters are matched by name where both sides have ``param_names``. State is float32 or
+        wider, whatever the parameters are, and these are set to the quantized latents.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer, or of parameters of other names or
+                shapes; nothing is changed.
+        """
+        loaded: dict[str, Any] = {}
+
+        def align(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(aligned(incoming, self))
+            return loaded
+
+        # As hooks: the check sees what the user's own hooks made of the checkpoint, and their later
+        # hooks see the restored state.
+        handles = (
+            self.register_load_state_dict_pre_hook(align),
+            self.register_load_state_dict_post_hook(lambda _: restore(self, loaded), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __repr__(self) -> str:
+        return validate.describe(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own keeps three attributes only.
+        if not isinstance(self.process_group, str | None):
+            raise TypeError(
+                "an optimizer with a process group of its own cannot be copied or pickled; save "
+                "optimizer.state_dict(), and give the process_group to a new optimizer"
+            )
+        own = ("process_group", "_ready", "_gamma", "_skipped", "_height")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_watch" in self.__dict__:  # torch does this when it loads a checkpoint
+            super().__setstate__(state)
+            return
+        self._set_up(state)
+        super().__setstate__(state)
+        self._hook()
+        for p in self.state:
+            sharding.adapt(self, p)
+        validate.note_written(self)
+
+    def _hook(self) -> None:
+        self.register_step_pre_hook(validate.before_step)
+        self.register_step_post_hook(validate.after_step)
+
+    def _set_up(self, tensors: dict[str, Any]) -> None:
+        """What a new optimizer and a copy have alike."""
+        nan = torch.full((), math.nan)
+        self._gamma: Tensor = tensors.get("_gamma", nan)
+        self._height: Tensor = tensors.get("_height", nan.clone())
+        """Of the plane where the last step ended; NaN before the first one."""
+        self._skipped: Tensor = tensors.get("_skipped", torch.zeros((), dtype=torch.int64))
+        self._watch = LossWatch(self)
+        self._written: dict[Tensor, int] = {}
+        """At which version of its tensor a quantized parameter was last written."""
+        self._warned: set[str] = set()
+        self._seen: dict[int, tuple[Any, ...]] = {}
+        """The settings of each group that have been checked."""
+        # How the core computes; sharding.adapt() has others of these.
+        self._stack: Stack = stack
+        self._gather: Callable[[list[Tensor]], Tensor] = torch.stack
+        self._norm: Callable[[Sequence[Tensor], float], Sequence[Tensor]] = torch._foreach_norm
+        self._copy: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = torch._foreach_copy_
+        self._steepest: Callable[[Tensor, str, Tensor], Tensor] = norms.spectral
+        self._settle: Callable[[Tensor], Tensor] = torch.Tensor.clone
+
+    def _loss(self, closure: Any, loss: Any) -> tuple[Any, Tensor]:
+        """What a step is to return, and the loss by which to step, the same on all ranks."""
+        result, value = validate.loss_of_step(self, closure, loss)
+        return result, sharding.mean_loss(sharding.beside(self, value), self.process_group)
+
+    def _place(self, p: Tensor) -> tuple[Any, ...]:
+        """What tensors must have in common to be computed with as one; brings the state there."""
+        return sharding.place(p, self.state.get(p, {}))
+
+    def _start_group(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            # A frozen parameter is left alone, until it is unfrozen and has a gradient.
+            if p.requires_grad and p.numel():
+                sharding.adapt(self, p)
+                self._start(p, group)
+        validate.note_written(self)
+
+    def _start(self, p: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _quantize(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+def named(variable: str, key: str) -> str:
+    """Where the state keeps ``key`` of a variable: the parameter itself (""), its latent, a scale."""
+    return key if variable in ("", "latent") else f"{variable}_{key}"
+
+
+def wide(x: Tensor) -> Tensor:
+    """Float32 or wider: sums and small steps vanish in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

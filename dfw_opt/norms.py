@@ -1,0 +1,94 @@
+r"""The norm in which a step is measured: it says which direction is steepest, and how long it is.
+
+A step minimises a plane with gradient :math:`m` over a ball. Its oracle, in the sense of Frank and
+Wolfe, is the direction that takes most from the plane,
+
+.. math:: D = \arg\max_{\|D\| \le 1} \langle m, D\rangle .
+
+In the spectral norm of a matrix that is the orthogonal factor of :math:`m`: all singular values are
+made 1, so that every direction of the layer's input moves alike. Directions here have a root mean
+square of 1 (at full rank); the optimizer multiplies them by the size of the variable, which makes
+``lr`` the *relative* length of the longest step.
+
+Sources: Bernstein and Newhouse, *Old Optimizer, New Norm*, 2024 (arXiv 2409.20325); Pethick et al.,
+*Training Deep Learning Models with Norm-Constrained LMOs*, 2025 (arXiv 2502.07529).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["NEWTON_SCHULZ", "polar", "spectral"]
+
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+"""Coefficients (a, b, c) of each iteration, from Jordan et al., *Muon*, 2024: steep at 0, so that
+small singular values grow fast; all of them end between 0.68 and 1.13 rather than at 1."""
+
+_TINY = 1e-30
+
+
+def spectral(gradient: Tensor, layout: str = "matrix", present: Tensor | None = None) -> Tensor:
+    r"""The steepest direction, of root mean square 1 at full rank, for each tensor of a batch.
+
+    - ``"matrix"``: first dimension × the rest, as layers multiply by them:
+      :math:`\sqrt{\max(\text{rows}, \text{columns})}\;UV^\top`, of :math:`U\Sigma V^\top`. A vector
+      or a number (a bias, a norm's weight) is divided by its root mean square.
+    - ``"stack"``: as many matrices as the leading dimensions say, of the last two.
+    - ``"rows"``: each row divided by its root mean square, for the table of an embedding.
+
+    Args:
+        gradient: shape ``(batch, *shape)``.
+        layout: how each of the tensors is to be read.
+        present: for ``"rows"``: the gradient of this batch alone. A row with none stays, since the
+            mean would go on pushing it in a direction that nothing has asked for.
+    """
+    if layout == "rows" and gradient.dim() > 2:
+        direction = _normalised(gradient, dims=tuple(range(2, gradient.dim())))
+        if present is not None:
+            direction = direction * present.flatten(2).ne(0).any(2).view(direction.shape[:2] + (1,) * (direction.dim() - 2))
+        return direction
+    if gradient.dim() <= 2:
+        return _normalised(gradient, dims=tuple(range(1, gradient.dim())))
+    matrix = gradient.flatten(0, -3) if layout == "stack" else gradient.flatten(2)
+    return (math.sqrt(max(matrix.shape[1:])) * polar(matrix)).view_as(gradient)
+
+
+def polar(matrix: Tensor) -> Tensor:
+    r""":math:`UV^\top` of the singular value decomposition :math:`U\Sigma V^\top`, nearly.
+
+    Five Newton-Schulz iterations :math:`X \leftarrow aX + b(XX^\top)X + c(XX^\top)^2X`. For matrices
+    at least twice as wide as high they are made on :math:`A = XX^\top` alone,
+
+    .. math:: P = aI + bA + cA^2, \qquad A \leftarrow PAP, \qquad Q \leftarrow PQ,
+
+    and :math:`X` is multiplied once, by :math:`Q`. A matrix of zeros stays what it is.
+
+    Args:
+        matrix: shape ``(batch, rows, columns)``, float32 or wider.
+    """
+    if matrix.shape[1] > matrix.shape[2]:
+        return polar(matrix.mT).mT
+    x = _normalised(matrix, dims=(1, 2)) / math.sqrt(matrix.shape[1] * matrix.shape[2])
+    if matrix.shape[2] < 2 * matrix.shape[1]:
+        for a, b, c in NEWTON_SCHULZ:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+    gram = x @ x.mT
+    product = torch.diag_embed(torch.ones_like(gram[..., 0]))
+    for number, (a, b, c) in enumerate(NEWTON_SCHULZ, 1):
+        inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = torch.baddbmm(product, inner, product, beta=a)
+        if number < len(NEWTON_SCHULZ):
+            half = torch.baddbmm(gram, inner, gram, beta=a)
+            gram = torch.baddbmm(half, half, inner, beta=a)
+    return product @ x
+
+
+def _normalised(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Root mean square 1; in two divisions, since squares of float32 overflow early."""
+    if not dims:
+        return x.sign()
+    x = x / x.abs().mean(dims, keepdim=True).clamp(min=_TINY)
+    return x / x.square().mean(dims, keepdim=True).sqrt().clamp(min=_TINY)
