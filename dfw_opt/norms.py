@@ -72,10 +72,10 @@ def polar(matrix: Tensor) -> Tensor:
     x = _normalised(matrix, dims=(1, 2)) / math.sqrt(matrix.shape[1] * matrix.shape[2])
     if matrix.shape[2] < 2 * matrix.shape[1]:
         for a, b, c in NEWTON_SCHULZ:
-            gram = x @ x.mT
+            gram = torch.bmm(x, x.mT)
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
-    gram = x @ x.mT
+    gram = torch.bmm(x, x.mT)
     product = torch.diag_embed(torch.ones_like(gram[..., 0]))
     for number, (a, b, c) in enumerate(NEWTON_SCHULZ, 1):
         inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -83,7 +83,7 @@ def polar(matrix: Tensor) -> Tensor:
         if number < len(NEWTON_SCHULZ):
             half = torch.baddbmm(gram, inner, gram, beta=a)
             gram = torch.baddbmm(half, half, inner, beta=a)
-    return product @ x
+    return torch.bmm(product, x)
 
 
 def _normalised(x: Tensor, dims: tuple[int, ...]) -> Tensor:

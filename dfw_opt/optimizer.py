@@ -111,26 +111,27 @@ class FrankWolfe(LatentOptimizer):
         norm, mu, eps = (self.param_groups[0][key] for key in ("norm", "momentum", "eps"))
         batches = [*self._batches()]
         gradients = [self._stack([p.grad for p in params]) for _, params in batches]
-        finite = self._gather([ell, *self._norm(gradients, math.inf)]).isfinite().all()
+        skip = ~self._gather([ell, *self._norm(gradients, math.inf)]).isfinite().all()
 
-        first = self._height.isnan()
-        share = torch.where(first, 1.0, 1 - mu) * finite  # of this batch, in the mean of the planes
-        variables = self._variables(batches, gradients, finite, share)
-        h = ell if norm == "euclidean" else torch.where(first, ell, mu * self._height + (1 - mu) * ell)
+        h, first = ell, self._height.isnan()  # before the first step there is no plane
+        if spectral := norm == "spectral":
+            h = torch.where(first, ell, mu * self._height + (1 - mu) * ell)
+        variables = self._variables(batches, gradients, skip, first)
         decay, full = self._dual_terms(variables)
         gamma = closed_form(h, decay, full, eps)
         if boxed := [v for v in variables if v.searched]:
             straight = self._dual_terms([v for v in variables if not v.searched])
             gamma = exact(h - straight[0], boxed, gamma, straight[1] + eps, self._total)
-        gamma = torch.where(finite, gamma, 0.0)
-        left = (h - decay - gamma * full).clamp(min=0)
-        self._height.copy_(torch.where(finite, left, self._height))
+        gamma = gamma.masked_fill(skip, 0)
+        if spectral:
+            left = (h - decay - gamma * full).clamp(min=0)
+            self._height.copy_(torch.where(skip, self._height, left))
         for variable in variables:
-            variable.update_(gamma, finite)
+            variable.update_(gamma, ~skip)
         for group, params in batches:
             self._quantize(group, params)
-        self._gamma.copy_(torch.where(finite, gamma, math.nan))
-        self._skipped.add_(~finite)
+        self._gamma.copy_(gamma.masked_fill(skip, math.nan))
+        self._skipped.add_(skip)
         return result
 
     def _batches(self) -> Iterator[Batch]:
@@ -151,14 +152,13 @@ class FrankWolfe(LatentOptimizer):
                 yield group, params[start : start + size]
 
     def _variables(
-        self, batches: list[Batch], gradients: list[Tensor], finite: Tensor, share: Tensor
+        self, batches: list[Batch], gradients: list[Tensor], skip: Tensor, first: Tensor
     ) -> list[Variable]:
         """What is trained, with its plane and its direction. Uses the gradients up."""
         variables: dict[Any, Variable] = {}
-        keep = torch.where(finite, 1 - share, 1.0)
         for group, params in batches:
             # An infinite gradient must not reach the means, whatever it is multiplied by.
-            grad = torch.where(finite, wide(gradients.pop(0)), 0.0)
+            grad = wide(gradients.pop(0)).masked_fill(skip, 0)
             states, quantizer = [self.state.get(p, {}) for p in params], quantizer_of(group)
             pulled: dict[str, Pullback] = {"": Pullback(grad, None)}
             if quantizer is not None:
@@ -174,7 +174,8 @@ class FrankWolfe(LatentOptimizer):
                         variable.velocities += [s[named(key, "momentum_buffer")] for s in states]
                     continue
                 mean = [s[named(key, "mean_gradient")] for s in states]
-                torch._foreach_mul_(mean, keep)
+                share = torch.where(first, 1.0, 1 - group["momentum"]).masked_fill(skip, 0)
+                torch._foreach_mul_(mean, 1 - share)
                 torch._foreach_add_(mean, (share * delta).unbind())
                 ahead = torch.lerp(delta, self._stack(mean), group["momentum"])  # Nesterov
                 size = self._stack([s[named(key, "size")] for s in states])

@@ -50,9 +50,7 @@ def closed_form(height: Tensor, decay: Tensor, full: Tensor, eps: float) -> Tens
     Returns:
         :math:`\gamma`, 0-dim; 1 where numerator and denominator are both 0.
     """
-    left, all_of_it = height - decay, full + eps
-    # The ends are decided by comparison, so that 0/0 is never looked at.
-    return torch.where(left >= all_of_it, 1.0, torch.where(left <= 0, 0.0, left / all_of_it))
+    return ((height - decay) / (full + eps)).nan_to_num(nan=1.0).clamp(0, 1)
 
 
 def exact(

@@ -68,10 +68,12 @@ class Variable:
         for values, D, plane, metric in self._batches():
             m = D if plane is None else self.stack(plane)
             m = m if metric is None else metric * m
-            full.append(self.lr * (m * D).sum())
+            full.append((m * D).sum())
             if self.weight_decay:
-                v = self.stack(values).to(D.dtype)
-                decay.append(self.lr * self.weight_decay * (m * v).sum())
+                decay.append((m * self.stack(values).to(D.dtype)).sum())
+        torch._foreach_mul_(full, self.lr)
+        if decay:
+            torch._foreach_mul_(decay, self.lr * self.weight_decay)
         return decay, full
 
     def dual_slope(self, gamma: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -79,7 +81,9 @@ class Variable:
         slopes, bends = [], []
         for values, D, _, metric in self._batches():
             v, m = self.stack(values).to(D.dtype), D if metric is None else metric * D
-            step = -self.lr * (gamma * D + self.weight_decay * v)
+            step = -self.lr * gamma * D
+            if self.weight_decay:
+                step = step - self.lr * self.weight_decay * v
             # Steps, not places, are compared and summed: v(γ) − v would lose a small step's digits.
             below, above = self.lower - v, self.upper - v
             taken = torch.clamp(step, below, above)
@@ -95,7 +99,7 @@ class Variable:
         values, z = [v for batch in self.values for v in batch], self.velocities
         decay = self.lr * self.weight_decay * counts if self.weight_decay else None
         if z:
-            torch._foreach_mul_(z, torch.where(counts > 0, self.momentum, 1.0))
+            torch._foreach_mul_(z, 1 - (1 - self.momentum) * counts)
             torch._foreach_add_(z, steps)
             if decay is not None:
                 torch._foreach_sub_(z, torch._foreach_mul(values, decay * gamma))

@@ -76,7 +76,7 @@ class Quantizer:
 
     def channel_size(self, x: Tensor) -> int:
         """:math:`n`, the number of weights of an output channel."""
-        channels = self.groups * math.prod(x.shape[d + 1] for d in self.axis)
+        channels = self.groups * math.prod([x.shape[d + 1] for d in self.axis])
         return x[0].numel() // channels
 
     def by_channel(self, x: Tensor, how: Callable[..., Tensor]) -> Tensor:
