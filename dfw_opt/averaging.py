@@ -6,183 +6,115 @@ is quantized: :math:`Q(\overline{c\,u})`, not the mean of :math:`Q(u_t)`.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from dfw_opt.optimizer import FrankWolfe
-from dfw_opt.quantizers import Quantizer, quantizer_of
+from dfw_opt.quantizers import quantizer_of
 
-__all__ = ["LAST", "AveragedModel", "average_of_last"]
+__all__ = ["LAST", "AveragedModel"]
 
-LAST = 10.0
+LAST = 10
 """K of the default average."""
-
-Trained = tuple[Tensor, Quantizer | None, dict[str, tuple[Tensor, Tensor]]]
-"""A parameter of the average, its quantizer, and of all that is trained for it average and value."""
 
 
 class AveragedModel(swa_utils.AveragedModel):
     r"""``torch.optim.swa_utils.AveragedModel`` for models with quantized weights.
 
-    By default the average over about the last tenth of all steps, at any time:
-    :math:`\bar v \leftarrow \bar v + \frac{K}{t + K}(v - \bar v)`, :math:`K = 10`, which stands in
-    for a learning rate schedule. ``module`` is a copy of the model with the averaged parameters,
-    quantized where the optimizer quantizes (never relaxed): ready for use, but for the running
-    statistics of BatchNorm, which ``torch.optim.swa_utils.update_bn`` measures anew.
+    By default the average over about the last tenth of all steps, at any time, which stands in for
+    a schedule: :math:`\bar v \leftarrow \bar v + \frac{K}{t + K}(v - \bar v)`, :math:`K = 10`, with
+    :math:`t` values so far. ``module`` is a copy of the model with the averages, quantized as the
+    optimizer quantizes (never relaxed): ready for use, but for the running statistics of BatchNorm,
+    which ``torch.optim.swa_utils.update_bn`` measures anew.
 
     Args:
-        model: the model that ``optimizer`` trains.
-        optimizer: holds its latents. It is not kept alive.
-        device: where to keep the averages; by default where the parameters are.
-        avg_fn: as in torch: the new average, from average, current value and number of values so
-            far.
-        multi_avg_fn: as in torch: the same for lists, in place; for example
-            ``torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)``.
-        use_buffers: whether buffers are averaged too, rather than copied.
+        model: what ``optimizer`` trains. Call ``update_parameters(model)`` after each step.
+        optimizer: holds the latents. It is not kept alive.
+        args, kwargs: ``device``, ``avg_fn``, ``multi_avg_fn`` and ``use_buffers``, as in torch; for
+            example ``multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)``.
 
     Raises:
         TypeError: ``optimizer`` is none of this package.
-        ValueError: it trains no parameter of ``model``; in ``update_parameters``, also if that is
-            not like the model that the average was made of.
-        RuntimeError: in ``update_parameters``, the optimizer is no more, or this is a copy.
+        ValueError: it trains no part of ``model``, or a model that is passed to
+            ``update_parameters`` is not the one that the average was made of.
+        RuntimeError: in ``update_parameters``: the optimizer is no more, or this is a copy.
 
-    The state dict holds the averaged latents, below ``averages``; so, in float32, those of
-    parameters in half precision.
+    The state dict has the averages of latents, and in float32 those of half precision parameters.
 
-    >>> from dfw_opt import AveragedModel, ProjectedDFW, param_groups
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
-    >>> optimizer = ProjectedDFW(param_groups(model, skip="1"))
-    >>> averaged = AveragedModel(model, optimizer)
-    >>> averaged.update_parameters(model)  # after each step
-    >>> averaged.module[0].weight.abs().unique(dim=1).shape  # binary
-    torch.Size([4, 1])
-
-    Source: Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*,
-    UAI 2018 (arXiv 1803.05407), for float networks; Shamir and Zhang, ICML 2013 (arXiv 1212.1824),
-    Section 4, for the average (polynomial decay).
+    Sources: Izmailov et al., UAI 2018 (arXiv 1803.05407); Shamir and Zhang, ICML 2013 (1212.1824).
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: FrankWolfe,
-        device: int | torch.device | None = None,
-        avg_fn: Callable[[Tensor, Tensor, Tensor | int], Tensor] | None = None,
-        multi_avg_fn: Callable[[Any, Any, Tensor | int], None] | None = None,
-        use_buffers: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # frameworks wrap it
         if not isinstance(optimizer, FrankWolfe):
-            raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}, which holds no latents; for it "
-                "torch.optim.swa_utils.AveragedModel is right"
-            )
-        if avg_fn is None and multi_avg_fn is None:
-            multi_avg_fn = average_of_last
-        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
-        self._optimizer: Callable[[], FrankWolfe | None] = weakref.ref(optimizer)
+            kind, right = type(optimizer).__name__, "torch.optim.swa_utils.AveragedModel"
+            raise TypeError(f"optimizer is a {kind}, without latents; for it {right} is right")
+        super().__init__(model, *args, **kwargs)
+        self._optimizer: Any = weakref.ref(optimizer)
         self.averages = nn.Module()
-        self._quantize([*self._trained(model)])
+        self._take(model)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes the present state of ``model`` and its optimizer into the average."""
+        self._take(model)
+        self.n_averaged += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_optimizer": type(None)}  # which gives None, as what is no more
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Takes the present state of ``model`` and its optimizer into the average."""
-        trained = [*self._trained(model)]
-        pairs = [pair for *_, values in trained for pair in values.values()]
-        buffers = [*zip(self.module.buffers(), model.buffers(), strict=True)]
-        if self.use_buffers:
-            pairs += buffers
-        if self.n_averaged == 0:
-            for mine, current in pairs:
-                mine.copy_(current)
-        else:
-            self._average(pairs)
-        if not self.use_buffers:
-            for mine, current in buffers:
-                mine.copy_(current)
-        self._quantize(trained)
-        self.n_averaged += 1
-
-    def _average(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        for mine, current in pairs:
-            lists = kinds.setdefault((mine.device, mine.dtype, type(mine)), ([], []))
-            lists[0].append(mine)
-            lists[1].append(current.to(mine.device, mine.dtype))
-        for (device, *_), (averages, values) in kinds.items():
-            count = self.n_averaged.to(device)
-            if self.multi_avg_fn is not None:
-                self.multi_avg_fn(averages, values, count)
-                continue
-            for mine, value in zip(averages, values, strict=True):
-                mine.copy_(self.avg_fn(mine, value, count))  # type: ignore[misc]
-
-    def _trained(self, model: nn.Module) -> Iterator[Trained]:
-        optimizer = self._optimizer()
-        if optimizer is None:
-            raise RuntimeError("the optimizer whose latents are averaged is no more; keep it alive")
-        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-        ours, theirs = dict(self.module.named_parameters()), [*model.parameters()]
-        kind = type(model).__name__
-        if not any(p in groups for p in theirs):
-            raise ValueError(f"model: the optimizer trains none of the parameters of this {kind}")
-        if [p.shape for p in ours.values()] != [p.shape for p in theirs]:
-            raise ValueError(
-                f"model: this {kind} has parameters of other shapes than the average; pass the "
-                "model that the average was made of"
+    def _take(self, model: nn.Module) -> None:
+        if (optimizer := self._optimizer()) is None:
+            raise RuntimeError(
+                "the optimizer whose latents are averaged is no more, or this is a copy: make a "
+                "new AveragedModel(model, optimizer), and load the state dict of this one"
             )
-        for (name, mine), p in zip(ours.items(), theirs, strict=True):
-            state, quantizer, values = optimizer.state.get(p, {}), None, {"": p.detach()}
-            if "latent" in state:
-                quantizer = quantizer_of(groups[p] | {"relaxation": 0.0})
-                keys = ("latent", *quantizer.scales) if quantizer else ()
-                values = {key: state["unit"] * state[key] for key in keys}
-            elif torch.finfo(p.dtype).bits >= 32:
-                yield mine, None, {"": (mine.detach(), values[""])}
-                continue
-            own = {key: self._buffer(name, key, value, mine) for key, value in values.items()}
-            yield mine, quantizer, {key: (own[key], values[key]) for key in values}
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        names = [name.replace(".", "/") for name, _ in self.module.named_parameters()]
+        params = [*zip(names, self.module.parameters(), model.parameters(), strict=False)]
+        both = ((m.parameters(), m.buffers()) for m in (self.module, model))
+        shapes, others = ([[x.shape for x in kind] for kind in kinds] for kinds in both)
+        kept, count = self.averages._buffers, int(self.n_averaged)
+        lost = any(f"{name}/latent" in kept and p not in optimizer.state for name, _, p in params)
+        if lost or shapes != others or not any(p in groups for *_, p in params):
+            kind = type(model).__name__
+            raise ValueError(f"model: this {kind} is not the one that is trained and averaged")
+        for name, mine, p in params:
+            own: dict[str, Tensor] = {"": mine}
+            state, values = optimizer.state.get(p, {}), {"": p.detach()}
+            group = groups[p] | {"relaxation": 0.0} if "latent" in state else {}
+            if quantizer := quantizer_of(group):
+                values = {key: state["unit"] * state[key] for key in ("latent", *quantizer.scales)}
+            if quantizer or (p.is_floating_point() and p.dtype.itemsize < 4):
+                own = {key: self._buffer(f"{name}/{key}", mine, x) for key, x in values.items()}
+            for key, average in own.items():
+                self._average(average, values[key], count)
+            if quantizer:
+                own = {key: x.view(1, *(x.shape or [1] * mine.dim())) for key, x in own.items()}
+                own[""] = quantizer.quantize(own | {"unit": mine.new_ones(())})[0]
+            mine.copy_(own[""])
+        for buffer, value in zip(self.module.buffers(), model.buffers(), strict=True):
+            self._average(buffer, value, count if self.use_buffers else 0)
 
-    def _buffer(self, name: str, key: str, value: Tensor, mine: Tensor) -> Tensor:
-        """Where an average that is no parameter is kept."""
-        buffer = f"{name.replace('.', '/')}/{key or 'float'}"
-        if buffer not in self.averages._buffers:
+    def _buffer(self, name: str, mine: Tensor, value: Tensor) -> Tensor:
+        if name not in self.averages._buffers:
             dtype = torch.promote_types(value.dtype, torch.float32)
-            self.averages.register_buffer(buffer, value.to(mine.device, dtype, copy=True))
-        return self.averages.get_buffer(buffer)
+            self.averages.register_buffer(name, value.to(mine.device, dtype, copy=True))
+        return self.averages.get_buffer(name)
 
-    def _quantize(self, trained: list[Trained]) -> None:
-        for mine, quantizer, values in trained:
-            if quantizer is None:
-                mine.copy_(values[""][0])
-                continue
-            numbers = [1] * mine.dim()
-            latent = values["latent"][0].unsqueeze(0)
-            state = {key: average.view(1, *numbers) for key, (average, _) in values.items() if key != "latent"}
-            unit = torch.ones_like(latent[(slice(1),) * latent.dim()])
-            mine.copy_(quantizer.quantize(state | {"latent": latent, "unit": unit})[0])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_optimizer": _gone}
-
-
-def average_of_last(averages: Any, values: Any, count: Tensor | int) -> None:
-    r""":math:`\bar v \leftarrow \bar v + \frac{K}{t + K}(v - \bar v)` for lists, in place."""
-    change = torch._foreach_sub(values, averages)
-    torch._foreach_mul_(change, LAST / (count + LAST))
-    torch._foreach_add_(averages, change)
-
-
-def _gone() -> NoReturn:
-    """What a copy or an unpickled average knows of its optimizer."""
-    raise RuntimeError(
-        "this average is a copy, or was unpickled, and knows no optimizer whose latents it could "
-        "take; make a new one, AveragedModel(model, optimizer), and give it this one's state with "
-        "load_state_dict"
-    )
+    def _average(self, mine: Tensor, value: Tensor, count: int) -> None:
+        value = value.to(mine.device, mine.dtype)
+        if count and self.multi_avg_fn is not None:
+            self.multi_avg_fn([mine], [value], count)
+        elif count and self.avg_fn is not None:
+            mine.copy_(self.avg_fn(mine, value, count))
+        elif count and mine.is_floating_point():
+            mine.lerp_(value, LAST / (count + LAST))
+        else:
+            mine.copy_(value)

@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 
 from dfw_opt import sharding
-from dfw_opt.validate import check_settings, note_written
+from dfw_opt.validate import FIXED, check_settings, note_written
 
 if TYPE_CHECKING:
     from dfw_opt.lifecycle import LatentOptimizer
 
 __all__ = ["aligned", "restore"]
 
-_SAME = ("norm", "quantizer", "layout", "scale_axis", "scale_groups")
-"""Settings that decide what the state of a parameter means."""
 _REMEDY = (
     "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict "
     "(StateDictOptions(full_state_dict=True) if it is whole)"
@@ -23,7 +21,7 @@ _REMEDY = (
 
 
 def aligned(incoming: Mapping[str, Any], optimizer: "LatentOptimizer") -> dict[str, Any]:
-    """A state dict with its parameters in the order of the optimizer's groups.
+    """A state dict with its parameters in the order of the optimizer's groups. Sends no message.
 
     Raises:
         ValueError: it is not a state dict, or of another optimizer, or of other parameters.
@@ -68,7 +66,7 @@ def _check_group(
             f"{len(group['params'])}"
         )
     check_settings(saved, optimizer.defaults)
-    for name in _SAME:
+    for name in FIXED:
         if saved.get(name) != group.get(name):
             raise ValueError(
                 f"the checkpoint's parameter group {number} has {name}={saved.get(name)!r}, but "
@@ -105,16 +103,24 @@ def _check_state(state: Any, p: Tensor, optimizer: "LatentOptimizer", number: in
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{where} has {key} that is a {type(value).__name__}, not a tensor")
-        shape = p.shape if value.dim() and own is None else (own or {}).get(key, value.new_zeros(())).shape
+        shape = (
+            p.shape
+            if value.dim() and own is None
+            else (own or {}).get(key, value.new_zeros(())).shape
+        )
         if value.shape != shape:
             raise ValueError(f"{where} has {key} of shape {tuple(value.shape)}, not {tuple(shape)}")
         # A single number is the same on all processes, whether it says so or not.
         if value.dim() and not sharding.placed_alike(value, p):
-            raise ValueError(f"{where} has {key} that is not sharded as the parameter is; {_REMEDY}")
+            raise ValueError(
+                f"{where} has {key} that is not sharded as the parameter is; {_REMEDY}"
+            )
         if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
-            raise ValueError(f"{where} has {key} that is sparse, not floating point, or has no values")
+            raise ValueError(
+                f"{where} has {key} that is sparse, not floating point, or has no values"
+            )
         # Before the first step there is no plane.
-        if key != "plane_height" and not sharding.all_finite(value):
+        if key != "plane_height" and not sharding.local(value).isfinite().all():
             raise ValueError(f"{where} has {key} with NaN or infinite values")
 
 

@@ -11,7 +11,7 @@ from dfw_opt.sharding import Ranks
 
 __all__ = ["DFW", "ProjectedDFW", "TernaryDFW"]
 
-LR = 0.1
+LR = 0.07
 """The default of all three, in both norms."""
 
 _ARGS = r"""

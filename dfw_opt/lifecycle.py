@@ -20,7 +20,7 @@ from dfw_opt.checkpoint import aligned, restore
 from dfw_opt.variables import Stack, stack
 from dfw_opt.watch_loss import LossWatch, loss_of
 
-__all__ = ["LatentOptimizer", "named", "wide"]
+__all__ = ["LatentOptimizer", "named"]
 
 
 class LatentOptimizer(Optimizer):
@@ -85,7 +85,7 @@ class LatentOptimizer(Optimizer):
         given = dict(param_group) if isinstance(param_group, dict) else param_group
         super().add_param_group(given)
         group = self.param_groups[-1]
-        if group.get("quantizer") == "uniform" and group.get("bits") is None:
+        if group.get("quantizer") == "uniform" and group.get("bits", 4) is None:
             group["bits"] = 4
         try:
             validate.check_group(group, param_group, self)
@@ -174,7 +174,7 @@ class LatentOptimizer(Optimizer):
         loaded: dict[str, Any] = {}
 
         def align(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(aligned(incoming, self))
+            loaded.update(sharding.agreed(self, lambda: aligned(incoming, self)))
             return loaded
 
         # As hooks: the check sees what the user's own hooks made of the checkpoint, and their later
@@ -209,21 +209,25 @@ class LatentOptimizer(Optimizer):
         self._set_up(state)
         super().__setstate__(state)
         self._hook()
-        for p in self.state:
-            sharding.adapt(self, p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                sharding.adapt(self, p)
         validate.note_written(self)
 
     def _hook(self) -> None:
         self.register_step_pre_hook(validate.before_step)
         self.register_step_post_hook(validate.after_step)
 
+    @torch.inference_mode(False)
     def _set_up(self, tensors: dict[str, Any]) -> None:
         """What a new optimizer and a copy have alike."""
-        nan = torch.full((), math.nan)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        nan = torch.full((), math.nan, dtype=dtype)
         self._gamma: Tensor = tensors.get("_gamma", nan)
         self._height: Tensor = tensors.get("_height", nan.clone())
         """Of the plane where the last step ended; NaN before the first one."""
         self._skipped: Tensor = tensors.get("_skipped", torch.zeros((), dtype=torch.int64))
+        self._ell: Tensor = nan.clone()
         self._watch = LossWatch(self)
         self._written: dict[Tensor, int] = {}
         """At which version of its tensor a quantized parameter was last written."""
@@ -233,15 +237,21 @@ class LatentOptimizer(Optimizer):
         # How the core computes; sharding.adapt() has others of these.
         self._stack: Stack = stack
         self._gather: Callable[[list[Tensor]], Tensor] = torch.stack
-        self._norm: Callable[[Sequence[Tensor], float], Sequence[Tensor]] = torch._foreach_norm
-        self._copy: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = torch._foreach_copy_
-        self._steepest: Callable[[Tensor, str, Tensor], Tensor] = norms.spectral
-        self._settle: Callable[[Tensor], Tensor] = torch.Tensor.clone
+        self._norm: Callable[..., Sequence[Tensor]] = torch._foreach_norm
+        self._copy: Callable[..., None] = torch._foreach_copy_
+        self._steepest: Callable[[list[norms.Plane]], list[Tensor]] = norms.steepest
+        self._settle: Callable[..., Tensor] = lambda x, whole=False: x
 
     def _loss(self, closure: Any, loss: Any) -> tuple[Any, Tensor]:
         """What a step is to return, and the loss by which to step, the same on all ranks."""
+        if loss is not None and callable(closure) and closure() is None:
+            closure = None  # Lightning adds one that does nothing, in manual optimization
         result, value = validate.loss_of_step(self, closure, loss)
-        return result, sharding.mean_loss(sharding.beside(self, value), self.process_group)
+        return result, sharding.mean_loss(self, value)
+
+    def _read(self, x: Tensor) -> Any:
+        """The number, where Python may look at it for free; elsewhere the tensor."""
+        return x if x.device.type != "cpu" or torch.compiler.is_compiling() else x.item()
 
     def _place(self, p: Tensor) -> tuple[Any, ...]:
         """What tensors must have in common to be computed with as one; brings the state there."""
@@ -249,9 +259,13 @@ class LatentOptimizer(Optimizer):
 
     def _start_group(self, group: dict[str, Any]) -> None:
         for p in group["params"]:
-            # A frozen parameter is left alone, until it is unfrozen and has a gradient.
-            if p.requires_grad and p.numel():
-                sharding.adapt(self, p)
+            sharding.adapt(self, p)
+            if not p.requires_grad:
+                continue
+            dtype = torch.promote_types(self._gamma.dtype, p.dtype)
+            self._gamma, self._height = self._gamma.to(dtype), self._height.to(dtype)
+            # What is frozen, or on the meta device, is left alone until it has a gradient.
+            if p.numel() and not p.is_meta:
                 self._start(p, group)
         validate.note_written(self)
 
@@ -263,10 +277,6 @@ class LatentOptimizer(Optimizer):
 
 
 def named(variable: str, key: str) -> str:
-    """Where the state keeps ``key`` of a variable: the parameter itself (""), its latent, a scale."""
+    """Where the state keeps ``key`` of a variable: the parameter (""), its latent, a scale."""
     return key if variable in ("", "latent") else f"{variable}_{key}"
 
-
-def wide(x: Tensor) -> Tensor:
-    """Float32 or wider: sums and small steps vanish in half precision."""
-    return x if x.dtype.itemsize >= 4 else x.float()

@@ -37,10 +37,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from dfw_opt.lifecycle import LatentOptimizer, named, wide
-from dfw_opt.quantizers import Pullback, Quantizer, State, quantizer_of
+from dfw_opt.lifecycle import LatentOptimizer, named
+from dfw_opt.norms import Plane
+from dfw_opt.quantizers import Quantizer, State, quantizer_of
 from dfw_opt.step_size import closed_form, exact
-from dfw_opt.variables import Variable
+from dfw_opt.variables import Variable, wide
 
 __all__ = ["FrankWolfe"]
 
@@ -110,29 +111,30 @@ class FrankWolfe(LatentOptimizer):
         result, ell = self._loss(closure, loss)
         norm, mu, eps = (self.param_groups[0][key] for key in ("norm", "momentum", "eps"))
         batches = [*self._batches()]
-        gradients = [self._stack([p.grad for p in params]) for _, params in batches]
-        skip = ~self._gather([ell, *self._norm(gradients, math.inf)]).isfinite().all()
+        gradients = [[wide(p.grad) for p in params] for _, params in batches]  # type: ignore[arg-type]
+        norms = self._norm([g for grads in gradients for g in grads]) if batches else []
+        skip = ~self._gather([ell, *norms]).isfinite().all()
+        if (known := self._read(skip)) is True:
+            return self._report(result, gamma=torch.full_like(ell, math.nan), skip=skip)
 
         h, first = ell, self._height.isnan()  # before the first step there is no plane
         if spectral := norm == "spectral":
             h = torch.where(first, ell, mu * self._height + (1 - mu) * ell)
-        variables = self._variables(batches, gradients, skip, first)
+        variables = self._variables(batches, gradients, first, None if known is False else skip)
         decay, full = self._dual_terms(variables)
         gamma = closed_form(h, decay, full, eps)
         if boxed := [v for v in variables if v.searched]:
             straight = self._dual_terms([v for v in variables if not v.searched])
             gamma = exact(h - straight[0], boxed, gamma, straight[1] + eps, self._total)
-        gamma = gamma.masked_fill(skip, 0)
         if spectral:
             left = (h - decay - gamma * full).clamp(min=0)
             self._height.copy_(torch.where(skip, self._height, left))
+        taken = self._read(gamma.masked_fill(skip, 0))
         for variable in variables:
-            variable.update_(gamma, ~skip)
+            variable.update_(taken, 1.0 if known is False else (~skip).to(gamma))
         for group, params in batches:
             self._quantize(group, params)
-        self._gamma.copy_(gamma.masked_fill(skip, math.nan))
-        self._skipped.add_(skip)
-        return result
+        return self._report(result, gamma.masked_fill(skip, math.nan), skip)
 
     def _batches(self) -> Iterator[Batch]:
         """The parameters that have a gradient, by what can be computed with as one."""
@@ -152,71 +154,101 @@ class FrankWolfe(LatentOptimizer):
                 yield group, params[start : start + size]
 
     def _variables(
-        self, batches: list[Batch], gradients: list[Tensor], skip: Tensor, first: Tensor
+        self,
+        batches: Sequence[Batch],
+        gradients: Sequence[Sequence[Tensor]],
+        first: Tensor,
+        skip: Tensor | None,
     ) -> list[Variable]:
-        """What is trained, with its plane and its direction. Uses the gradients up."""
+        """What is trained, with its plane and its direction."""
         variables: dict[Any, Variable] = {}
-        for group, params in batches:
-            # An infinite gradient must not reach the means, whatever it is multiplied by.
-            grad = wide(gradients.pop(0)).masked_fill(skip, 0)
-            states, quantizer = [self.state.get(p, {}) for p in params], quantizer_of(group)
-            pulled: dict[str, Pullback] = {"": Pullback(grad, None)}
-            if quantizer is not None:
-                pulled = quantizer.pull_back(grad, self._stacked(quantizer, states))
-            for key, (delta, metric) in pulled.items():
-                variable = self._variable_of(variables, group, params[0], key, quantizer)
-                variable.values.append([s[key] for s in states] if key else params)
+        spectral: list[tuple[Variable, list[Tensor], list[Tensor], Tensor]] = []
+        planes: list[Plane] = []
+        for (group, params), grads in zip(batches, gradients, strict=True):
+            if skip is not None:  # infinity must not reach the means, whatever it is multiplied by
+                grads = self._stack(grads).masked_fill(skip, 0).unbind()
+            quantizer = quantizer_of(group)
+            for key, delta, metric in self._pull_back(group, params, grads, quantizer):
+                scales = quantizer if quantizer is not None and key in quantizer.scales else None
+                variable = self._variable_of(variables, group, params[0], scales)
+                values = [self.state[p][key] for p in params] if key else params
                 if group["norm"] == "euclidean":
-                    variable.directions.append(delta if metric is None else delta / metric)
-                    variable.planes.append(None)
-                    variable.metrics.append(metric)
-                    if variable.momentum:
-                        variable.velocities += [s[named(key, "momentum_buffer")] for s in states]
+                    directions = delta if metric is None else (delta / metric).unbind()
+                    z = self._velocity(group, params, key)
+                    variable.add(values, directions, metric=metric, velocity=z)
                     continue
-                mean = [s[named(key, "mean_gradient")] for s in states]
-                share = torch.where(first, 1.0, 1 - group["momentum"]).masked_fill(skip, 0)
-                torch._foreach_mul_(mean, 1 - share)
-                torch._foreach_add_(mean, (share * delta).unbind())
-                ahead = torch.lerp(delta, self._stack(mean), group["momentum"])  # Nesterov
-                size = self._stack([s[named(key, "size")] for s in states])
-                size = size.view(-1, *[1] * (delta.dim() - 1))
-                variable.directions.append(size * self._steepest(ahead, group["layout"], delta))
-                variable.planes.append(mean)
-                variable.metrics.append(None)
+                mu, plane = group["momentum"], self._kept(params, key, "mean_gradient")
+                share = torch.full_like(self._gamma, 1 - mu).masked_fill(first, 1)
+                share = share if skip is None else share.masked_fill(skip, 0)
+                torch._foreach_mul_(plane, 1 - share)
+                torch._foreach_add_(plane, (share * delta).unbind())
+                size = self._stack(self._kept(params, key, "size")).view(-1, *[1] * (delta.dim() - 1))
+                spectral.append((variable, values, plane, size))
+                ahead = torch.lerp(delta, self._stack(plane), mu)  # Nesterov
+                planes.append((ahead, group["layout"], delta if group["layout"] == "rows" else None))
+        for (variable, values, plane, size), D in zip(spectral, self._steepest(planes), strict=True):
+            variable.add(values, D.mul_(size).unbind(), plane)
         return [*variables.values()]
+
+    def _pull_back(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: Sequence[Tensor],
+        quantizer: Quantizer | None,
+    ) -> Iterator[tuple[str, Any, Tensor | None]]:
+        r"""State key, :math:`\delta` and :math:`M` of all that is trained for ``params``."""
+        if quantizer is not None:
+            state = self._stacked(quantizer, [self.state[p] for p in params])
+            for key, (delta, metric) in quantizer.pull_back(self._stack(grads), state).items():
+                yield key, self._settle(delta), self._settle(metric)
+        else:  # in the Euclidean norm D is the gradient itself, of which no copy is needed
+            yield "", grads if group["norm"] == "euclidean" else self._stack(grads), None
+
+    def _velocity(self, group: dict[str, Any], params: list[Tensor], key: str) -> list[Tensor]:
+        """The momentum buffers, if momentum is kept; it may have been 0 until now."""
+        name = named(key, "momentum_buffer")
+        if not group["momentum"]:
+            return []
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(self.state[p][key] if key else wide(p))
+        return self._kept(params, key, "momentum_buffer")
+
+    def _kept(self, params: list[Tensor], variable: str, key: str) -> list[Tensor]:
+        return [self.state[p][named(variable, key)] for p in params]
 
     def _variable_of(
         self,
         variables: dict[Any, Variable],
         group: dict[str, Any],
         p: Tensor,
-        key: str,
-        quantizer: Quantizer | None,
+        of_scales: Quantizer | None = None,
     ) -> Variable:
-        """The one that ``key`` of ``p`` belongs to."""
-        scale = quantizer is not None and key in quantizer.scales
-        bound = math.inf if group.get("radius") is None else group.get("radius")
-        lower, upper = (quantizer.scale_min, math.inf) if scale else (-bound, bound)
-        lr, like = group["lr"], self._place(p)[1:]
-        kind = (id(group) if isinstance(lr, Tensor) else lr, lower, upper, like)
-        kind = (*kind, *(group.get(k) for k in ("weight_decay", "momentum", "step_size")))
-        if kind not in variables:
+        """The one in which a parameter and its like, or their scales, are trained."""
+        lr, radius = group["lr"], group.get("radius")
+        upper = math.inf if radius is None or of_scales is not None else radius
+        lower = -upper if of_scales is None else of_scales.scale_min
+        settings = [group.get(key) for key in ("weight_decay", "momentum", "step_size")]
+        lr_or_group = id(group) if isinstance(lr, Tensor) else lr
+        key = (lr_or_group, lower, upper, *settings, *self._place(p)[1:])
+        if key not in variables:
             exact_search = group["norm"] == "euclidean" and group.get("step_size") == "exact"
-            variables[kind] = Variable(
-                lr=lr.reshape(()).to(self._gamma) if isinstance(lr, Tensor) else lr,
+            variables[key] = Variable(
+                lr=self._read(lr.reshape(()).to(self._gamma)) if isinstance(lr, Tensor) else lr,
                 # A scale is not pulled towards 0: two levels would merge.
-                weight_decay=0.0 if scale else group["weight_decay"],
+                weight_decay=0.0 if of_scales is not None else group["weight_decay"],
                 momentum=group["momentum"],
                 lower=lower,
                 upper=upper,
                 searched=exact_search and lower > -math.inf,
                 stack=self._stack,
             )
-        return variables[kind]
+        return variables[key]
 
     def _stacked(self, quantizer: Quantizer, states: list[State]) -> State:
         """A batch of states as one."""
-        latent = self._stack([state["latent"] for state in states])
+        latent = self._settle(self._stack([state["latent"] for state in states]), whole=True)
         numbers = [1] * (latent.dim() - 1)
         return {"latent": latent} | {
             key: self._stack([state[key] for state in states]).view(-1, *numbers)
@@ -241,7 +273,7 @@ class FrankWolfe(LatentOptimizer):
         the box at random have :math:`\tfrac12 R`.
         """
         latent = self._stack([state["latent"] for state in states])
-        size = latent.abs().mean(tuple(range(1, latent.dim())))
+        size = latent.abs().sum(tuple(range(1, latent.dim()))) / latent[0].numel()
         half = torch.where(size > 0.75 * radius, 0.5, 1.0).unbind()
         for key in ("latent", "size", "momentum_buffer", "unit", "mean_gradient"):
             if key in states[0]:
@@ -253,14 +285,17 @@ class FrankWolfe(LatentOptimizer):
     def _start(self, p: Tensor, group: dict[str, Any]) -> None:
         """Makes the state of a parameter, and brings it into its constraint set."""
         quantizer, bound = quantizer_of(group), group.get("radius")
+        if quantizer is None and bound is not None:
+            p.clamp_(-bound, bound)
         state: State = {}
         values = {"": wide(p)}
         if quantizer is not None:
-            state = quantizer.start(wide(p).unsqueeze(0), math.inf if bound is None else bound)
-            state = {key: value[0] if key == "latent" else value.reshape(()) for key, value in state.items()}
+            weight = self._settle(wide(p).unsqueeze(0), whole=True)
+            state = quantizer.start(weight, math.inf if bound is None else bound)
+            latent = torch.empty_like(wide(p)).copy_(state.pop("latent")[0])
+            numbers = {key: self._settle(value.reshape(())) for key, value in state.items()}
+            state = {"latent": latent, **numbers}
             values = {key: state[key] for key in ("latent", *quantizer.scales)}
-        elif bound is not None:
-            p.clamp_(-bound, bound)
         for key, value in values.items():
             if group["norm"] == "euclidean":
                 if group["momentum"]:
@@ -287,7 +322,15 @@ class FrankWolfe(LatentOptimizer):
         r""":math:`\sum\eta\langle m, \lambda v\rangle` and :math:`\sum\eta\langle m, D\rangle`."""
         terms = [variable.dual_terms() for variable in variables]
         decay, full = ([term for each in terms for term in each[i]] for i in (0, 1))
-        return self._total(decay), self._total(full)
+        if not decay:
+            return self._total(decay), self._total(full)
+        both = self._gather(decay + full)
+        return both[: len(decay)].sum(), both[len(decay) :].sum()
 
     def _total(self, terms: Sequence[Tensor]) -> Tensor:
         return self._gather(terms).sum() if terms else torch.zeros_like(self._gamma)
+
+    def _report(self, result: Any, gamma: Tensor, skip: Tensor) -> Any:
+        self._gamma.copy_(gamma)
+        self._skipped.add_(skip)
+        return result

@@ -23,10 +23,10 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
     first and the last in the order of registration, which networks need in float. Transposed
     convolutions, whose output channels lie along the second dimension, have groups of their own.
     All else is in groups with ``quantizer=None, radius=None``, plain :class:`~dfw_opt.DFW`:
-    ``"float"``; ``"embedding"``, whose tables are stepped row by row; ``"stack"``, for parameters of
-    three or more dimensions that no convolution has, such as the matrices of experts, each of which
-    is a matrix of its own. A weight that another kind of module shares (a tied embedding) is not
-    quantized. Frozen weights are sorted like all others.
+    ``"float"``; ``"embedding"``, whose tables are stepped row by row; ``"stack"``, for parameters
+    of three or more dimensions that no convolution has, such as the matrices of experts, each of
+    which is a matrix of its own. A weight that another kind of module shares (a tied embedding) is
+    not quantized. Frozen weights are sorted like all others.
 
     Groups carry ``param_names``. The logger ``dfw_opt.param_groups`` tells at level INFO which
     parameters are quantized and which are not, and warns of matrices that cannot be: attention's
@@ -57,7 +57,7 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
             f"model={type(model).__name__} must be a torch.nn.Module; pass the model itself, as in "
             "param_groups(model), rather than its parameters"
         )
-    layers = {
+    layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _LAYERS) and "weight" in module._parameters
@@ -83,7 +83,7 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
 
 
 def _use(module: nn.Module, key: str, dim: int, quantizable: bool) -> tuple[str, Any]:
-    """The name of the group that a parameter belongs to, and what tells it from others of its kind."""
+    """The name of the group that a parameter belongs to, and what tells it from others alike."""
     if quantizable:
         transposed = isinstance(module, _TRANSPOSED)
         return ("quantized transposed", module.groups) if transposed else ("quantized", None)
@@ -107,10 +107,16 @@ def _warn_of_matrices(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _LAYERS) and "weight" not in module._parameters:
             _log.warning("%s stays float: its weight is computed, not a parameter", name)
-        if not isinstance(module, _LAYERS + (nn.Embedding, nn.EmbeddingBag)):
+        if not isinstance(module, (*_LAYERS, nn.Embedding, nn.EmbeddingBag)):
             for key, p in module._parameters.items():
-                if p is not None and p.dim() > 1 and min(p.shape[-2:]) > 1:
-                    _log.warning("%s.%s stays float: it is no Conv or Linear layer's", name, key)
+                if (
+                    p is not None
+                    and p.dim() > 1
+                    and min(p.shape[-2:]) > 1
+                    and p.is_floating_point()
+                ):
+                    full = f"{name}.{key}" if name else key
+                    _log.warning("%s stays float: it is no Conv or Linear layer's", full)
 
 
 def _skipped(layers: dict[str, nn.Module], skip: Skip | None) -> set[str]:

@@ -6,23 +6,25 @@ its own would compute another :math:`\gamma`, and its weights would drift away f
 
 **Parameters in parts.** An operation on a DTensor is one on the whole tensor and communicates by
 itself, so the core is written as for one process. :func:`adapt` puts in what differs: partial sums
-are settled before Python or a plain tensor sees them, in one message for all terms alike; tensors
-with fewer rows than ranks are made whole; and matrices are gathered for their orthogonal factor
-such that each rank computes it for its share of a batch of matrices, rather than all for all.
+are settled before Python or a plain tensor sees them, in one message for all terms alike; latents
+of which a rank would hold nothing are made whole for their maximum; and for its orthogonal factor
+each matrix goes whole to one rank, and its direction back to all, in one message each.
 
 A process that branched differently from the others would leave them waiting. So Python decides by
 numbers only that are the same on all processes.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dfw_opt import norms
-from dfw_opt.variables import stack
 
 if TYPE_CHECKING:
     from dfw_opt.lifecycle import LatentOptimizer
@@ -36,34 +38,19 @@ else:
 
 
 __all__ = [
-    "Ranks",
-    "adapt",
-    "all_finite",
-    "beside",
-    "check_process_group",
-    "is_probe",
-    "is_sharded",
-    "mean_loss",
-    "place",
-    "placed_alike",
-    "placed_as_state",
-    "whole",
+    *("Ranks", "adapt", "agreed", "all_finite", "check_process_group", "is_probe", "is_sharded"),
+    *("local", "mean_loss", "place", "placed_alike", "placed_as_state", "whole"),
 ]
 
+T = TypeVar("T")
 Ranks = ProcessGroup | Literal["world"] | None
 """Over which ranks a loss is averaged: all, those of a group, or no others."""
 
-
-# Data parallel ------------------------------------------------------------------------------------
+_pairs: Any = partial(zip, strict=True)
 
 
 def check_process_group(process_group: object) -> None:
-    """Checks an argument of an optimizer.
-
-    Raises:
-        TypeError: it is neither a process group of which this process is a member, nor ``"world"``,
-            nor ``None``.
-    """
+    """Raises a TypeError for what is no such argument."""
     if process_group not in (None, "world") and not isinstance(process_group, ProcessGroup):
         raise TypeError(
             f"process_group={process_group!r} must be 'world' (all ranks, if torch.distributed is "
@@ -71,41 +58,67 @@ def check_process_group(process_group: object) -> None:
         )
 
 
-def mean_loss(loss: Tensor, process_group: Ranks) -> Tensor:
-    """The mean over the ranks, the same number on all of them."""
-    if process_group is None or not (dist.is_available() and dist.is_initialized()):
-        return loss
-    group = None if isinstance(process_group, str) else process_group
-    if (ranks := dist.get_world_size(group)) == 1:
-        return loss
-    total = loss.clone()
-    dist.all_reduce(total, group=group)
-    return total / ranks
+def mean_loss(optimizer: "LatentOptimizer", loss: Any) -> Tensor:
+    """The mean over the ranks, the same number on all of them, where the parameters are."""
+    ell, among = _beside(optimizer, loss), optimizer.process_group
+    if dist.is_available() and dist.is_initialized():
+        groups: list[Any] = [None] if among == "world" else [among] if among is not None else []
+        if among != "world":  # ranks that share a parameter cannot have a step of their own
+            groups += [group for mesh in _meshes(optimizer)[:1] for group in mesh.get_all_groups()]
+        for group in groups:
+            if (ranks := dist.get_world_size(group)) > 1:
+                ell = ell.clone()
+                dist.all_reduce(ell, group=group)
+                ell /= ranks
+    optimizer._ell = ell
+    return ell
 
 
-def beside(optimizer: "LatentOptimizer", loss: Any) -> Tensor:
-    """The loss as a 0-dim tensor, where the parameters are; the optimizer's own tensors follow."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+def _beside(optimizer: "LatentOptimizer", loss: Any) -> Tensor:
+    """The loss as a 0-dim tensor; the optimizer's own tensors follow the parameters."""
+    params = _params(optimizer)
     p = next((p for p in params if p.grad is not None), next(iter(params), optimizer._gamma))
     if optimizer._gamma.device != p.device and not p.is_meta:
         for name in ("_gamma", "_height", "_skipped"):
             setattr(optimizer, name, getattr(optimizer, name).to(p.device))
     if isinstance(loss, Tensor):
-        ell = whole(loss.detach()).reshape(()).to(optimizer._gamma)
-    else:  # which waits for no device; torch refuses to round what no float32 can hold
-        ell = torch.full_like(optimizer._gamma, loss if abs(loss) < 3e38 else float("inf") * loss)
-    optimizer._ell = ell
-    return ell
+        return whole(loss.detach()).reshape(()).to(optimizer._gamma)
+    # This waits for no device; and torch refuses to round what no float32 can hold.
+    return torch.full_like(optimizer._gamma, loss if abs(loss) < 3e38 else float("inf") * loss)
 
 
 def is_probe(optimizer: "LatentOptimizer") -> bool:
     """Whether this is a step as torch.distributed.checkpoint makes one, to see what state there is:
     of length 0, with gradients of 0 everywhere.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     return all(float(group["lr"]) == 0 for group in optimizer.param_groups) and all(
-        p.grad is not None and not whole(p.grad).any() for p in params
+        p.grad is not None and not whole(p.grad).any()
+        for p in _params(optimizer)
+        if p.requires_grad
     )
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no part of ``x`` holds NaN or infinity; the same on all processes."""
+    return bool(whole((~x.isfinite()).sum()) == 0)
+
+
+def agreed(optimizer: "LatentOptimizer", check: Callable[[], T]) -> T:
+    """The result of a check that sends no message. Where it raises on one rank, it does on all
+    that share parameters.
+    """
+    error: Exception | None = None
+    try:
+        result = check()
+    except Exception as raised:
+        error = raised
+    for mesh in _meshes(optimizer)[:1]:
+        failed = torch.full((), float(error is not None), device=mesh.device_type)
+        if whole(_spread(failed, mesh)) and error is None:
+            error = ValueError("another rank cannot load this checkpoint, and says why")
+    if error is not None:
+        raise error
+    return result
 
 
 # Parameters in parts ------------------------------------------------------------------------------
@@ -116,12 +129,19 @@ def is_sharded(x: Tensor) -> bool:
     return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
 
 
-def whole(x: Tensor) -> Tensor:
+def whole(x: Any) -> Tensor:
     """All of ``x``, on each process."""
-    return cast(Tensor, cast(Any, x).full_tensor()) if is_sharded(x) else x
+    full: Tensor = x.full_tensor() if is_sharded(x) else x
+    return full
 
 
-def place(p: Tensor, state: dict[str, Tensor]) -> tuple[Any, ...]:
+def local(x: Any) -> Tensor:
+    """What this process has of ``x``."""
+    part: Tensor = x.to_local() if is_sharded(x) else x
+    return part
+
+
+def place(p: Any, state: dict[str, Tensor]) -> tuple[Any, ...]:
     """What tensors must have in common to be stacked; moves the state to where the parameter is.
 
     Raises:
@@ -135,113 +155,175 @@ def place(p: Tensor, state: dict[str, Tensor]) -> tuple[Any, ...]:
     for key, value in state.items():
         if value.device == p.device:
             break  # all of a state is on one device
-        state[key] = torch.zeros_like(value, device=p.device) if value.is_meta else value.to(p.device)
-    parts = (cast(Any, p).device_mesh, cast(Any, p).placements) if is_sharded(p) else ()
-    return (p.shape, p.dtype, p.device, *parts)
+        state[key] = value.to(p.device)
+    if not is_sharded(p):
+        return (p.shape, p.dtype, p.device)
+    if p.grad is not None:
+        p.grad = _settled(p.grad)  # in sequence parallelism, a sum over the ranks
+    return (p.shape, p.dtype, p.device, p.device_mesh, p.placements)
 
 
-def placed_alike(x: Tensor, other: Tensor) -> bool:
+def placed_alike(x: Any, other: Any) -> bool:
     """Whether processes hold the same parts of ``x`` as of ``other``; both are sharded, or none."""
     if not (is_sharded(x) and is_sharded(other)):
         return is_sharded(x) == is_sharded(other)
-    a, b = cast(Any, x), cast(Any, other)
-    return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)
+    return bool(x.device_mesh == other.device_mesh and x.placements == other.placements)
 
 
-def placed_as_state(x: Tensor, p: Tensor) -> Tensor:
+def placed_as_state(x: Tensor, p: Any) -> Tensor:
     """``x``, loaded for ``p``: a number of a sharded parameter is a DTensor too."""
-    if not is_sharded(p) or is_sharded(x):
-        return x
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = cast(Any, p).device_mesh
-    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
-def all_finite(x: Tensor) -> bool:
-    """Whether no part of ``x`` holds NaN or infinity; the same on all processes."""
-    return bool(whole((~x.isfinite()).sum()) == 0)
+    from_all = is_sharded(p) and not is_sharded(x)
+    return _spread(x, p.device_mesh, "Replicate") if from_all else x
 
 
 def adapt(optimizer: "LatentOptimizer", p: Tensor) -> None:
     """Prepares an optimizer for a parameter: for one in parts, or on another device than others."""
     if is_sharded(p):
-        optimizer._stack, optimizer._norm = _stack, _norms
-        optimizer._copy, optimizer._settle = _copy, _settled
+        optimizer._norm, optimizer._copy, optimizer._settle = _norms, _copy, _settled
         optimizer._gather, optimizer._steepest = _gather, _steepest
     elif p.device != optimizer._gamma.device:
         optimizer._gather = _gather
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    batch = stack(tensors)
-    if is_sharded(batch):
-        from torch.distributed.tensor import Replicate
-
-        # A rank that has no part of it could not take a maximum.
-        mesh, placements = cast(Any, batch).device_mesh, cast(Any, batch).placements
-        small = [
-            not p.is_replicate() and (p.is_partial() or batch.shape[p.dim] <= mesh.size(i) * (mesh.size(i) - 1))
-            for i, p in enumerate(placements)
-        ]
-        if any(small):
-            return _redistributed(batch, [Replicate()] * len(placements))
-    return batch
+def _params(optimizer: "LatentOptimizer") -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _steepest(gradient: Tensor, layout: str, present: Tensor) -> Tensor:
-    """:func:`dfw_opt.norms.spectral`, with matrices whole, and shared out among the ranks."""
-    if not is_sharded(gradient) or gradient.dim() < 3 or layout == "rows":
-        return norms.spectral(gradient, layout, present)
-    from torch.distributed.tensor import Replicate, Shard
-
-    placements = list(cast(Any, gradient).placements)
-    parts = [i for i, p in enumerate(placements) if not p.is_replicate()]
-    by_matrix: list[Any] = [Replicate()] * len(placements)
-    if parts:
-        by_matrix[parts[0]] = Shard(0)
-    direction = norms.spectral(_redistributed(gradient, by_matrix), layout, present)
-    return _redistributed(direction, placements)
+def _meshes(optimizer: "LatentOptimizer") -> list[Any]:
+    """Those of the parameters, that of the most ranks first."""
+    meshes = {getattr(p, "device_mesh", None) for p in _params(optimizer)} - {None}
+    return sorted(meshes, key=lambda mesh: -mesh.size())
 
 
-def _settled(x: Tensor) -> Tensor:
-    """``x`` with no sum or maximum over processes left to be done."""
+def _spread(x: Tensor, mesh: Any, placement: str = "Partial") -> Tensor:
+    """The sum of ``x`` over all ranks of a mesh, yet to be done; or what is the same on all."""
+    from torch.distributed import tensor
+
+    placements = [getattr(tensor, placement)()] * mesh.ndim
+    return tensor.DTensor.from_local(x, mesh, placements, run_check=False)
+
+
+def _norms(tensors: Sequence[Any]) -> list[Tensor]:
+    """What is finite where all tensors are, on all ranks. A sum, for a maximum may lose NaN."""
+    found = [(norm * 0).float() for norm in torch._foreach_norm([*map(local, tensors)])]
+    meshes = sorted({x.device_mesh for x in tensors if is_sharded(x)}, key=lambda m: m.size())
+    return [_spread(torch.stack(found).sum(), meshes[-1])] if meshes else found
+
+
+def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for target, value in _pairs(targets, values):
+        target.copy_(value)
+
+
+def _settled(x: Any, whole: bool = False) -> Any:
+    """``x`` with no sum over ranks left to be done.
+
+    With ``whole``, it is on all ranks where some would hold nothing, which has no maximum.
+    """
     if not is_sharded(x):
         return x
     from torch.distributed.tensor import Replicate
 
-    placements = cast(Any, x).placements
-    return _redistributed(x, [Replicate() if p.is_partial() else p for p in placements])
+    def gathered(axis: int, p: Any) -> bool:
+        if p.is_partial() or p.is_replicate() or not whole:
+            return bool(p.is_partial())
+        return _parts(x.shape[p.dim], x.device_mesh.size(axis))[-1] == 0
+
+    places = enumerate(x.placements)
+    return _redistributed(x, [Replicate() if gathered(i, p) else p for i, p in places])
 
 
-def _norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
-    return [torch.linalg.vector_norm(x, order) for x in tensors]
+def _parts(length: int, ranks: int) -> list[int]:
+    """How much of a dimension each rank has."""
+    chunk = -(-length // ranks)
+    return [max(0, min(length - rank * chunk, chunk)) for rank in range(ranks)]
 
 
-def _gather(terms: Sequence[Tensor]) -> Tensor:
+def _redistributed(x: Any, placements: Sequence[Any]) -> Any:
+    return x if [*x.placements] == [*placements] else x.redistribute(placements=placements)
+
+
+def _gather(terms: Sequence[Any]) -> Tensor:
     """Numbers on any device, or partial sums, as one plain tensor: a message for terms alike."""
-    result: list[Tensor | None] = [None] * len(terms)
+    result: dict[int, Tensor] = {}
     alike: dict[Any, list[int]] = {}
     for i, term in enumerate(terms):
         if is_sharded(term):
-            key = (cast(Any, term).device_mesh, cast(Any, term).placements, term.dtype)
-            alike.setdefault(key, []).append(i)
+            alike.setdefault((type(term), term.device_mesh, term.placements), []).append(i)
         else:
             result[i] = term
-    for indices in alike.values():
-        settled = whole(torch.stack([terms[i] for i in indices]))
-        for i, value in zip(indices, settled.unbind(), strict=True):
-            result[i] = value
-    first = cast(Tensor, result[0])
-    return torch.stack([cast(Tensor, value).to(first) for value in result])
+    for (kind, mesh, placements), indices in alike.items():
+        parts = torch.stack([local(terms[i]) for i in indices])
+        settled = whole(kind.from_local(parts, mesh, placements, run_check=False))
+        result |= dict(_pairs(indices, settled.unbind()))
+    return torch.stack([result[i].to(result[0]) for i in range(len(terms))])
 
 
-def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
+# Matrices, shared out -----------------------------------------------------------------------------
 
 
-def _redistributed(x: Tensor, placements: Sequence[Any]) -> Tensor:
-    if list(cast(Any, x).placements) == list(placements):
-        return x
-    return cast(Tensor, cast(Any, x).redistribute(placements=placements))
+def _steepest(planes: list[norms.Plane]) -> list[Tensor]:
+    """:func:`dfw_opt.norms.spectral` of each. A tensor that is cut goes whole to one of the ranks.
+
+    All go in one message and come back in another, so that the ranks work at the same time.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    directions: list[Any] = [plane[0] for plane in planes]
+    alike: dict[Any, list[int]] = {}
+    for i, (gradient, layout, present) in enumerate(planes):
+        placements = directions[i].placements if is_sharded(gradient) else ()
+        axes = [axis for axis, p in enumerate(placements) if not p.is_replicate()]
+        rows = layout == "rows" and gradient.dim() > 2
+        least = 2 if rows else gradient.dim() - 2 if layout == "stack" else 1
+        if all(placements[axis].dim < least for axis in axes):  # what is normalised is not cut
+            own = local(gradient)
+            own.copy_(norms.spectral(own, layout, None if present is None else local(present)))
+        elif rows:
+            directions[i] = norms.spectral(gradient, layout, present)
+        else:  # over one axis of the mesh; along others each does the same
+            one = [Shard(p.dim) if a == axes[0] else Replicate() for a, p in enumerate(placements)]
+            directions[i] = _redistributed(gradient, one)
+            alike.setdefault((directions[i].device_mesh, axes[0], gradient.dtype), []).append(i)
+    for (mesh, axis, _), indices in alike.items():
+        _share_out([directions[i] for i in indices], [planes[i][1] for i in indices], mesh, axis)
+    placed = [(D, getattr(plane[0], "placements", None)) for D, plane in _pairs(directions, planes)]
+    return [D if placements is None else _redistributed(D, placements) for D, placements in placed]
+
+
+def _share_out(gradients: list[Any], layouts: list[str], mesh: Any, axis: int) -> None:
+    """Puts its direction in the place of each gradient, all of them cut along an axis of a mesh."""
+    ranks, group = mesh.size(axis), mesh.get_group(axis)
+    dims = [x.placements[axis].dim for x in gradients]
+    shapes = [[x.shape[d], *x.shape[1:d], *x.shape[d + 1 :]] for x, d in _pairs(gradients, dims)]
+    here = [local(x).movedim(d, 1) for x, d in _pairs(gradients, dims)]
+    parts = [_parts(shape[0], ranks) for shape in shapes]
+    # The next matrix goes to who has least to do; the largest first.
+    load, owned = [0.0] * ranks, [list[tuple[int, int]]() for _ in range(ranks)]
+    for i in sorted(range(len(shapes)), key=lambda i: -math.prod(shapes[i])):
+        for k in range(gradients[i].shape[0]):
+            owner = load.index(min(load))
+            load[owner] += math.prod(shapes[i]) ** 1.5
+            owned[owner].append((i, k))
+    mine = owned[mesh.get_local_rank(axis)]
+    sizes = [[math.prod(shapes[i][1:]) * parts[i][rank] for i, _ in mine] for rank in range(ranks)]
+    pieces = _pairs(*_exchange([[here[i][k] for i, k in of] for of in owned], sizes, group))
+    answers: list[list[Tensor]] = [[here[0].new_empty(0)] for _ in range(ranks)]
+    for i, batch in groupby(mine, lambda pair: pair[0]):
+        matrices = torch.stack([torch.cat(next(pieces)).view(shapes[i]) for _ in batch])
+        D = norms.spectral(matrices.movedim(1, dims[i]), layouts[i]).movedim(dims[i], 1)
+        for answer, part in _pairs(answers, torch.split(D, parts[i], 1)):
+            answer += part.unbind()
+    sizes = [[here[i][k].numel() for i, k in of] for of in owned]
+    for of, received in _pairs(owned, _exchange(answers, sizes, group)):
+        for (i, k), direction in _pairs(of, received):
+            here[i][k].copy_(direction.view_as(here[i][k]))
+
+
+def _exchange(outgoing: list[list[Tensor]], sizes: list[list[int]], group: Any) -> list[Any]:
+    """What the others have sent, given what goes to each and the sizes of what comes from each."""
+    sent = torch.cat([t.reshape(-1) for tensors in outgoing for t in tensors])
+    lengths, splits = [sum(own) for own in sizes], [sum(t.numel() for t in ts) for ts in outgoing]
+    received = sent.new_empty(sum(lengths))
+    dist.all_to_all_single(received, sent, lengths, splits, group=group)
+    return [torch.split(part, own) for part, own in _pairs(torch.split(received, lengths), sizes)]

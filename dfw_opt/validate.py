@@ -1,5 +1,6 @@
-"""Checks of settings, parameters and the loss: an error names the argument, its value, what to do."""
+"""Checks of settings, parameters and the loss: errors name the argument, its value, what to do."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from dfw_opt.lifecycle import LatentOptimizer
 
 __all__ = [
+    "FIXED",
     "after_step",
     "before_step",
     "check_group",
@@ -47,6 +49,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "scale_groups": (lambda x: isinstance(x, int) and x >= 1, "a whole number, at least 1"),
 }
 _CHOICES = {"norm": NORMS, "step_size": STEP_SIZES, "layout": LAYOUTS}
+FIXED = ("norm", "quantizer", "layout", "scale_axis", "scale_groups")
+"""Settings that decide what the state of a parameter means."""
+_CHANGING = ("lr", "momentum", "weight_decay", "eps", "radius", "step_size", "relaxation")
 # Settings that not all optimizers have, and one that does.
 _HOMES = {
     **dict.fromkeys(
@@ -81,17 +86,19 @@ def check_group(
             f"bits={given['bits']!r} is for quantizer='uniform', but the group has "
             f"quantizer={group['quantizer']!r}"
         )
-    first = optimizer.param_groups[0]
-    shared = ("norm", "eps", *(("momentum",) if group["norm"] == "spectral" else ()))
-    for name in shared:
+    _check_shared(group, optimizer.param_groups[0])
+    for p in group["params"]:
+        if p.requires_grad:
+            _check_parameter(p, group)
+
+
+def _check_shared(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    for name in ("norm", "eps", *(("momentum",) if group["norm"] == "spectral" else ())):
         if group[name] != first[name]:
             raise ValueError(
                 f"{name}={group[name]!r} differs from the first group's {first[name]!r}, but "
                 "counts once for all groups; give it to the optimizer"
             )
-    for p in group["params"]:
-        if p.requires_grad:
-            _check_parameter(p, group)
 
 
 def check_groups(optimizer: "LatentOptimizer") -> None:
@@ -103,14 +110,13 @@ def check_groups(optimizer: "LatentOptimizer") -> None:
             f"bits={default['bits']!r} needs quantizer='uniform', but it is "
             f"quantizer={default['quantizer']!r}"
         )
-    for group in quantized:
-        if not group["params"]:
-            raise ValueError(
-                f"the group {group.get('name')!r} to be quantized is empty: by default "
-                "dfw_opt.param_groups leaves the first and last Conv and Linear layer in float, and "
-                "layers whose weight is computed; param_groups(model, skip=[]) leaves out none, and "
-                f"{type(optimizer).__name__}(..., quantizer=None) quantizes none"
-            )
+    if quantized and not any(group["params"] for group in quantized):
+        raise ValueError(
+            f"the group {quantized[0].get('name')!r} to be quantized is empty: by default "
+            "dfw_opt.param_groups leaves the first and last Conv and Linear layer in float, "
+            "and layers whose weight is computed; param_groups(model, skip=[]) leaves out "
+            f"none, and {type(optimizer).__name__}(..., quantizer=None) quantizes none"
+        )
 
 
 def check_settings(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -121,21 +127,28 @@ def check_settings(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """
     for name, home in _HOMES.items():
         if name not in known and group.get(name) is not None:
-            raise ValueError(
-                f"{name}={group[name]!r} is no setting of this optimizer; use {home}"
-            )
+            raise ValueError(f"{name}={group[name]!r} is no setting of this optimizer; use {home}")
     for name in _RANGES.keys() & known.keys() & group.keys():
         if not (name in ("radius", "bits") and group[name] is None):
             _check_number(name, group[name], *_RANGES[name])
-    for name in _CHOICES.keys() & known.keys():
-        if group.get(name) not in _CHOICES[name]:
-            raise ValueError(f"{name}={group.get(name)!r} must be one of {list(_CHOICES[name])}")
-    if (name := group.get("quantizer")) is not None and "quantizer" in known:
+    for choice in _CHOICES.keys() & known.keys():
+        if group.get(choice) not in _CHOICES[choice]:
+            raise ValueError(
+                f"{choice}={group.get(choice)!r} must be one of {list(_CHOICES[choice])}"
+            )
+    axes = group.get("scale_axis", 0)
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    if not axes or any(type(axis) is not int or axis < 0 for axis in axes):
+        raise ValueError(
+            f"scale_axis={group['scale_axis']!r} must be a dimension, at least 0, or a tuple of "
+            "them"
+        )
+    if (kind := group.get("quantizer")) is not None and "quantizer" in known:
         available = [key for key, (_, keys) in QUANTIZERS.items() if {*keys} <= known.keys()]
-        if name not in available:
-            homes = [_HOMES[key] for key in QUANTIZERS.get(name, (None, ()))[1] if key in _HOMES]
+        if kind not in available:
+            homes = [_HOMES[key] for key in QUANTIZERS.get(kind, (None, ()))[1] if key in _HOMES]
             remedy = f"; use {homes[0]}" if homes else ""
-            raise ValueError(f"quantizer={name!r} must be None or one of {available}{remedy}")
+            raise ValueError(f"quantizer={kind!r} must be None or one of {available}{remedy}")
 
 
 def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning: str) -> None:
@@ -144,6 +157,8 @@ def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning:
             raise ValueError(f"{name}={value!r} must be a plain number, not a tensor")
         if value.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, but has shape {tuple(value.shape)}")
+        if value.device.type != "cpu":  # reading it would wait for the device
+            return
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}={value!r} must be a plain number, {meaning}")
@@ -168,16 +183,16 @@ def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
         return
     if p.dim() < 2 or max(quantizer.axis, default=0) >= p.dim():
         raise ValueError(
-            f"{where} is in a group with quantizer={name!r} and scale_axis={group['scale_axis']!r}, "
-            "which needs at least 2 dimensions; leave biases and norms in a float group, as "
-            "dfw_opt.param_groups(model) does"
+            f"{where} is in a group with quantizer={name!r} and "
+            f"scale_axis={group['scale_axis']!r}, which needs at least 2 dimensions; leave biases "
+            "and norms in a float group, as dfw_opt.param_groups(model) does"
         )
     if p.shape[0] % quantizer.groups:
         raise ValueError(f"scale_groups={quantizer.groups} does not divide the first of {where}")
     if p.is_meta:
         raise ValueError(
-            f"{where} in a group with quantizer={name!r} is on the meta device and has no values to "
-            "quantize; make the model real (to_empty(), then initialise it) before the optimizer"
+            f"{where} in a group with quantizer={name!r} is on the meta device and has no values "
+            "to quantize; make the model real (to_empty(), then initialise it) before the optimizer"
         )
     if sharding.is_sharded(p) and quantizer.groups > 1:
         raise ValueError(f"scale_groups={quantizer.groups}: {where} must not be sharded")
@@ -185,18 +200,18 @@ def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
         return
     if not sharding.all_finite(p):
         raise ValueError(
-            f"{where} in a group with quantizer={name!r} holds NaN or infinity; initialise the model "
-            "before making the optimizer"
+            f"{where} in a group with quantizer={name!r} holds NaN or infinity; initialise the "
+            "model before making the optimizer"
         )
-    levels = {"binary": 2, "ternary": 3}.get(name, 2 ** (group.get("bits") or 1))
+    levels = {"binary": 2, "ternary": 3}.get(str(name), 2 ** (group.get("bits") or 1))
     if sharding.is_sharded(p) or p.numel() < 8 * levels:
         return
     channels = p.numel() // quantizer.channel_size(p.detach().unsqueeze(0))
-    if 1 < p.detach().unique().numel() <= min(p.numel() // 4, channels * levels):
+    if 1 < torch.unique(p.detach()).numel() <= min(p.numel() // 4, channels * levels):
         warnings.warn(
-            f"{where} in a group with quantizer={name!r} is quantized already, so the latents start "
-            "at its levels, far from where they could flip. If this is a second optimizer for the "
-            "same model, make the model anew first, or load the state of the first optimizer",
+            f"{where} in a group with quantizer={name!r} is quantized already, so the latents "
+            "start at its levels, far from where they could flip. If this is a second optimizer "
+            "for the same model, make the model anew first, or load the state of the first one",
             stacklevel=7,
         )
 
@@ -224,7 +239,12 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
         name, norm = group.get("quantizer"), group.get("norm")
         idle = {"params", "param_names"} | ({"step_size"} if norm == "spectral" else {"layout"})
         if name is None:
-            idle |= {"relaxation", "scale_axis", "scale_groups", *(() if group.get("radius") else ("step_size",))}
+            idle |= {
+                "relaxation",
+                "scale_axis",
+                "scale_groups",
+                *(() if group.get("radius") else ("step_size",)),
+            }
         own = QUANTIZERS[name][1] if name in QUANTIZERS else ()
         idle |= {key for _, keys in QUANTIZERS.values() for key in keys} - {*own}
         lines += [f"Parameter Group {number}: {len(group['params'])} parameters"]
@@ -280,25 +300,37 @@ def _checked(source: str, loss: Any) -> Any:
 
 
 def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
-    """Checks what may have been changed since the last step: settings, and quantized parameters.
+    """Checks what may have been changed since the last step: settings, and parameters.
 
     Raises:
-        ValueError: a setting is out of range, or the quantizer of a group is another one.
+        ValueError: a setting is out of range, or cannot change; or a parameter that was frozen
+            does not suit its quantizer.
     """
     if torch.compiler.is_compiling():
         return
     for number, group in enumerate(optimizer.param_groups):
-        seen = tuple(map(group.get, ("quantizer", "norm", "bits", "threshold", "relaxation")))
-        if optimizer._seen.get(number) == seen:
-            continue
-        check_settings(group, optimizer.defaults)
-        if optimizer._seen.get(number, seen)[:2] != seen[:2]:
-            raise ValueError(
-                f"quantizer={seen[0]!r}, norm={seen[1]!r}: these cannot change once they have been "
-                "chosen; make a new optimizer"
-            )
-        optimizer._seen[number] = seen
+        seen = _settings(group)
+        before = optimizer._seen.get(number, seen)
+        if seen != before:
+            check_settings(group, optimizer.defaults)
+            for name, value, old in zip(FIXED, seen, before, strict=False):
+                if value != old:
+                    raise ValueError(
+                        f"{name}={value!r} was {old!r}: it cannot change once it has been chosen; "
+                        "make a new optimizer"
+                    )
+            _check_shared(group, optimizer.param_groups[0])
+            optimizer._seen[number] = seen
+        for p in group["params"]:
+            if p.requires_grad and p not in optimizer.state and group.get("quantizer") is not None:
+                _check_parameter(p, group)
     warn_if_overwritten(optimizer)
+
+
+def _settings(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a group may not change, and what may; tensors are not looked at."""
+    values = map(group.get, (*FIXED, *_CHANGING, "bits", "threshold"))
+    return tuple(None if isinstance(value, Tensor) else value for value in values)
 
 
 def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
@@ -307,12 +339,12 @@ def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
         return
     note_written(optimizer)
     optimizer._watch.clear()
-    if optimizer._ell.device.type == "cpu" and optimizer._ell < 0:  # reading it waits for nothing
+    if optimizer._ell.device.type == "cpu" and -math.inf < float(optimizer._ell) < 0:
         _warn_once(
             optimizer,
             f"the loss is negative ({float(optimizer._ell):.3g}): a step goes to where the loss, "
-            "made linear, reaches zero, so γ is 0 and nothing is learnt. Pass the loss less a lower "
-            "bound: optimizer.step(loss=loss - bound)",
+            "made linear, reaches zero, so γ is 0 and nothing is learnt. Pass the loss less a "
+            "lower bound: optimizer.step(loss=loss - bound)",
         )
     if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
         _warn_once(
@@ -325,11 +357,13 @@ def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
 def _warn_once(optimizer: "LatentOptimizer", text: str) -> None:
     if (kind := text[:20]) not in optimizer._warned:
         optimizer._warned.add(kind)
-        warnings.warn(text, stacklevel=5)
+        warnings.warn(text, stacklevel=4)
 
 
 def note_written(optimizer: "LatentOptimizer") -> None:
-    """Remembers at which version of its tensor each quantized parameter was written."""
+    """Remembers at which version each quantized parameter was written, and new groups' settings."""
+    for number in range(len(optimizer._seen), len(optimizer.param_groups)):
+        optimizer._seen[number] = _settings(optimizer.param_groups[number])
     for p in _whole_quantized(optimizer):
         optimizer._written[p] = p._version
 
@@ -353,7 +387,7 @@ def warn_if_overwritten(optimizer: "LatentOptimizer") -> None:
                 f"a quantized parameter of shape {tuple(p.shape)} was changed from outside since "
                 "the last step. The change is lost: the optimizer's latents know nothing of it. "
                 "Load weights before making the optimizer",
-                stacklevel=5,
+                stacklevel=4,
             )
 
 

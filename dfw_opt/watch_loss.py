@@ -1,13 +1,12 @@
 r"""The loss that a loop backpropagates, for loops that call ``step()`` without an argument.
 
-Where f is linear in the watched losses, ``f.backward()`` gives each a gradient :math:`g_k`, and
-:math:`f = \sum_k\langle g_k, \ell_k\rangle`. A term counts when next a parameter of the optimizer
-accumulates a gradient, if the graph of its loss has one: ``torch.autograd.grad()`` adds nothing.
+If f is linear in the losses, it is :math:`\sum_k\langle\partial f/\partial\ell_k, \ell_k\rangle`. A
+term counts when a parameter of the optimizer next gets a gradient, if its loss's graph has one.
 
 Not right: a watched module in another (both count); a criterion alone in a reentrant checkpoint (it
-is not seen); gradients that others than the optimizer set to 0, not ``None`` (the sum goes on); and
-a loss whose gradient went elsewhere (``torch.autograd.grad()``, an error) between the forward and
-the backward of another, or anywhere where parameters are sharded (it counts with the other).
+is not seen); gradients that others than the optimizer set to 0, not ``None`` (the sum goes on); two
+``backward()`` at once, by threads; a loss whose gradient went elsewhere (``torch.autograd.grad()``,
+an error) between forward and backward of another, or, if sharded, before (it counts with that).
 """
 
 import weakref
@@ -16,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -29,15 +27,14 @@ def loss_of(output: Any) -> Any:
 class LossWatch:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer, self._handles = weakref.ref(optimizer), list[RemovableHandle]()
-        self._modules = OrderedDict[int, tuple[str, weakref.ref[nn.Module]]]()
-        self.clear()
+        self._modules = OrderedDict[int, tuple[str, weakref.ref[torch.nn.Module]]]()
+        self._terms: list[torch.Tensor] = []
+        self._pending: dict[torch.Tensor, torch.Tensor] = {}  # by losses, what may yet count
 
-    @property
-    def active(self) -> bool:
-        return len(self._modules) > 0
+    active = property(lambda self: len(self._modules) > 0)  # whether a module is watched
 
-    def add(self, module: nn.Module, get: abc.Callable[[Any], Any], scaler: Any) -> RemovableHandle:
-        if not isinstance(module, nn.Module):
+    def add(self, module: torch.nn.Module, get: Any, scaler: Any) -> RemovableHandle:
+        if not isinstance(module, torch.nn.Module):
             raise TypeError(f"{module=} must be a torch.nn.Module, such as nn.CrossEntropyLoss()")
         if not callable(get):
             raise TypeError(f"{get=} cannot be called; write get=lambda output: output[0], say")
@@ -46,11 +43,11 @@ class LossWatch:
         if any(known() is module for _, known in self._modules.values()):
             raise ValueError(f"this {type(module).__name__} is watched already")
         handle = module.register_forward_hook(_Hook(LossWatch._see, self, get, scaler))
-        handle.extra_dict_ref = (weakref.ref(self._modules),)  # remove() ends both
+        handle.extra_dict_ref += (weakref.ref(self._modules),)  # remove() ends both
         self._modules[handle.id] = type(module).__name__, weakref.ref(module)
         return handle
 
-    def value(self, name: str) -> Tensor:
+    def value(self, name: str) -> torch.Tensor:
         if self._terms:
             return sum((term.to(self._terms[0]) for term in self._terms[1:]), self._terms[0])
         why = "no watched loss has been part of a backward() since the last step or zero_grad()"
@@ -59,11 +56,9 @@ class LossWatch:
         raise RuntimeError(f"{name}.step: {why} in the loop; or write optimizer.step(loss=loss)")
 
     def clear(self) -> None:
-        self._terms, self._pending = list[Tensor](), dict[Tensor, Tensor]()
-        while self._handles:
-            self._handles.pop().remove()
+        self._terms, self._pending = [], {}
 
-    def _see(self, get: Any, scaler: Any, module: nn.Module, _: Any, output: Any) -> None:
+    def _see(self, get: Any, scaler: Any, module: Any, _: Any, output: Any) -> None:
         loss: Any = get(output) if self and torch.is_grad_enabled() else None
         if loss is not None and not getattr(loss, "is_floating_point", bool)():
             kinds = f"{type(module).__name__} has {type(loss).__name__}"
@@ -71,32 +66,28 @@ class LossWatch:
         if loss is None or not loss.requires_grad or (optimizer := self._optimizer()) is None:
             return
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        sharded = any(hasattr(p, "device_mesh") for p in params)  # the graph has other tensors
-        ends, seen, nodes = (
-            {"CheckpointFunctionBackward", *params},
-            set(),
-            [loss.view_as(loss).grad_fn],
-        )
-        while (
-            nodes and not sharded and getattr(nodes[-1], "variable", nodes[-1].name()) not in ends
-        ):
+        sharded = any(hasattr(p, "device_mesh") for p in params)  # the graph has others for them
+        nodes, seen = [] if sharded else [loss.view_as(loss).grad_fn], set[Any]()
+        ends = {"CheckpointFunctionBackward", *map(id, params)}  # reentrant: hides what it holds
+        while nodes and ends.isdisjoint([id(getattr(nodes[-1], "variable", 0)), nodes[-1].name()]):
             nodes += (new := {node for node, _ in nodes.pop().next_functions if node} - seen)
             seen |= new
-        before, value = {} if sharded else {**self._pending}, loss.detach().clone()  # it may change
+        before = {} if sharded else {**self._pending}
+        value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32), copy=True)
 
-        def weigh(grad: Tensor) -> None:
+        def weigh(grad: torch.Tensor) -> None:
             for old in (old for old, term in before.items() if self._pending.get(old) is term):
                 del self._pending[old]  # whose backward() is over, and reached no parameter
             if not sharded and all(p.grad is None for p in params):
                 self._terms.clear()
-            g = grad.detach().to(torch.promote_types(value.dtype, torch.float32))
-            term = torch.where(g == 0, g, g * value.to(g.dtype)).sum()  # for 0 * inf is not 0
+            while self._handles and not self._pending:
+                self._handles.pop().remove()
+            live = [p for p in params if p.requires_grad and not self._handles]
+            self._handles += [p.register_post_accumulate_grad_hook(self._count) for p in live]
+            term = torch.where(grad == 0, 0, grad.detach() * value).sum()  # 0 * inf is not 0
             self._pending[value] = term / scaler.scale(torch.ones_like(term)) if scaler else term
-            if not self._handles:
-                live = (p for p in params if p.requires_grad)
-                self._handles = [p.register_post_accumulate_grad_hook(self._count) for p in live]
 
-        if nodes:
+        if nodes or sharded:
             loss.register_hook(weigh)
 
     def _count(self, *_: Any) -> None:

@@ -1,11 +1,11 @@
 """Make the figures of these pages: python docs/figures.py [NAME ...]
 
-Each figure is drawn from numbers that the package itself computes (its optimizers, step sizes and
-quantizers), in float64, so that they are the same on every machine. Only the quick start's are
-those of one training run, and those of the results page of the runs in docs/runs. Into
-docs/_static/figures go, for each source below, the numbers as JSON, and for each figure an SVG
-whose colours follow the page (docs/_ext/inline_svg.py). Needs the extra "examples";
-tests/test_docs_figures.py checks that nothing is out of date.
+Each is drawn from numbers that the package itself computes (its optimizers, norms and step sizes),
+in float64, so that they are the same on every machine. Only the quick start's are those of one
+training run, and those of the results page of the runs in docs/runs. Into docs/_static/figures go,
+for each source below, the numbers as JSON, and for each figure an SVG whose colours follow the page
+(docs/_ext/inline_svg.py). Needs the extra "examples"; tests/test_docs_figures.py checks that
+nothing is out of date.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS)]
 import quick_start  # noqa: E402
 import results  # noqa: E402
 
-from dfw_opt import DFW, MultiClassHingeLoss, ProjectedDFW, TernaryDFW, param_groups  # noqa: E402
-from dfw_opt.quantizers import binary, ternary  # noqa: E402
-from dfw_opt.step_size import box_slope, closed_form, maximize  # noqa: E402
+from dfw_opt import DFW, MultiClassHingeLoss, ProjectedDFW  # noqa: E402
+from dfw_opt.norms import polar  # noqa: E402
+from dfw_opt.step_size import closed_form, exact  # noqa: E402
+from dfw_opt.variables import Variable  # noqa: E402
 
 THIN: Data = {"color": "black", "alpha": 0.6, "linewidth": 1}
-DASHED: Data = THIN | {"linestyle": "--"}
 TITLE: Data = {"loc": "left", "fontsize": "medium"}
 FOLDER = DOCS / "_static" / "figures"
 
@@ -62,7 +63,7 @@ def step_data() -> Data:
         if name == "sgd":
             torch.optim.SGD([w], lr).step()
         else:
-            optimizer = DFW([w], lr, momentum=0.0, eps=0.0)
+            optimizer = DFW([w], lr, momentum=0.0, eps=0.0, norm="euclidean")
             optimizer.step(loss=loss)
             gamma = optimizer.gamma.item()
         weights[name] = w.item()
@@ -125,7 +126,7 @@ def draw_step(data: Data) -> Figure:
     return figure
 
 
-# ---- The dual, with a box and without ----
+# ---- The spectral ball, and the averaged plane ----
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -135,13 +136,81 @@ def digits() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(loaded.target)
 
 
+def training(momentum: float, steps: int) -> Iterator[tuple[float, float, Tensor]]:
+    """Loss, γ and the gradient of the middle layer, at each step of a small float network."""
+    images, labels = digits()
+    criterion, shuffle = MultiClassHingeLoss(smooth=True), torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = (nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
+        net = nn.Sequential(*layers).double()
+    optimizer = DFW(net.parameters(), lr=0.1, momentum=momentum)
+    for _ in range(steps):
+        batch = torch.randperm(len(labels), generator=shuffle)[:50]
+        loss = criterion(net(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss)
+        gradient = net.get_parameter("2.weight").grad
+        assert gradient is not None
+        yield loss.item(), optimizer.gamma.item(), gradient
+
+
+def spectral_data() -> Data:
+    """Singular values of a gradient, and of the spectral step, both of root mean square 1."""
+    *_, (_, _, gradient) = training(0.9, 8)
+    before, after = (torch.linalg.svdvals(x) for x in (gradient, polar(gradient.unsqueeze(0))[0]))
+    width = len(before)
+    return {
+        name: [round(x, 4) for x in (math.sqrt(width) * values / values.norm()).tolist()]
+        for name, values in (("before", before), ("after", after))
+    }
+
+
+def draw_spectral(data: Data) -> Figure:
+    figure = Figure(figsize=(5, 2.9), layout="constrained")
+    axis = figure.subplots()
+    numbers = range(1, len(data["before"]) + 1)
+    axis.bar(numbers, data["before"], width=0.9, color="C1")
+    axis.step(numbers, data["after"], "C0", where="mid", linewidth=2.4)
+    axis.set_title("singular values of a gradient and of the step", **TITLE)
+    axis.text(2, 0.8 * data["before"][0], "gradient", color="C1")
+    axis.text(14, 2.1, "spectral step", color="C0")
+    axis.set(xlabel="number, the largest first", xlim=(0.4, len(data["before"]) + 0.6))
+    return figure
+
+
+def plane_data() -> Data:
+    """γ of the plane of each batch, and of the averaged plane: two trainings."""
+    return {
+        name: [gamma for _, gamma, _ in training(momentum, 200)]
+        for name, momentum in (("batch", 0.0), ("averaged", 0.9))
+    }
+
+
+def draw_plane(data: Data) -> Figure:
+    figure = Figure(figsize=(5, 2.9), layout="constrained")
+    axis = figure.subplots()
+    steps = range(1, len(data["batch"]) + 1)
+    axis.plot(steps, data["batch"], "C1", linewidth=1)
+    axis.plot(steps, data["averaged"], "C0", linewidth=2)
+    axis.set_title("γ, the share of the full step", **TITLE)
+    axis.text(70, 0.86, "plane of the batch", color="C1")
+    axis.text(34, 0.02, "averaged plane", color="C0")
+    axis.set(xlabel="step", ylim=(-0.02, 1.05), xlim=(0, len(steps)))
+    return figure
+
+
+# ---- The dual, with a box and without ----
+
+
 def dual_data() -> Data:
     """One step of a linear classifier of the digits, whose weights are in a box."""
     images, labels = digits()
     criterion = MultiClassHingeLoss()
     lr, radius = 1.0, 0.1
     weight = nn.Parameter(torch.zeros(10, 64, dtype=torch.float64))
-    box: Data = {"quantizer": None, "radius": radius}
+    box: Data = {"quantizer": None, "radius": radius, "norm": "euclidean"}
     optimizer = ProjectedDFW([weight], lr, momentum=0.0, eps=0.0, **box)
     shuffle = torch.Generator().manual_seed(0)
     for _ in range(19):  # the last of these steps is shown
@@ -154,39 +223,43 @@ def dual_data() -> Data:
     loss, delta = loss.detach(), weight.grad
     assert delta is not None
 
-    def slope(gamma: Tensor, bound: float = radius) -> tuple[Tensor, Tensor]:
-        value, bend = box_slope(gamma, w, delta, lr, 0.0, -bound, bound)
-        return loss + value, bend
+    def boxed(bound: float = radius) -> Variable:
+        D = delta.unsqueeze(0)
+        values: Data = {"values": [[w]], "directions": [D], "planes": [None], "metrics": [None]}
+        return Variable(lr, 0.0, 0.0, -bound, bound, searched=True, **values)
+
+    def slope(gamma: Tensor, bound: float = radius) -> Tensor:
+        ((taken,), _) = boxed(bound).dual_slope(gamma)
+        return loss + taken
 
     def distance(gamma: Tensor, bound: float) -> Tensor:
         moved = (w - lr * gamma * delta).clamp(-bound, bound)
         return (moved - w).square().sum() / (2 * lr)
 
     def dual(gamma: Tensor, bound: float = radius) -> Tensor:
-        return distance(gamma, bound) + gamma * slope(gamma, bound)[0]
+        return distance(gamma, bound) + gamma * slope(gamma, bound)
 
     def primal(gamma: Tensor) -> Tensor:
-        return distance(gamma, radius) + slope(gamma)[0].clamp(min=0)
+        return distance(gamma, radius) + slope(gamma).clamp(min=0)
 
     zero = torch.zeros_like(loss)
-    points = {
-        "closed_form": closed_form(loss, zero, lr * delta.square().sum(), eps=0.0),
-        "exact": maximize(slope, like=loss),
-    }
-    torch.testing.assert_close(points["exact"], optimizer.gamma)
+    start = closed_form(loss, zero, lr * delta.square().sum(), eps=0.0)
+    found = exact(loss, [boxed()], start, 0.0, lambda terms: torch.stack([*terms]).sum())
+    points = {"closed_form": start, "exact": found}
+    torch.testing.assert_close(points["exact"], optimizer.gamma.double(), rtol=1e-6, atol=0)
     infinite = float("inf")
     grid = torch.linspace(0, 1, 51, dtype=torch.float64)
     return {
         "gamma": grid.tolist(),
-        "slope": [slope(x)[0].item() for x in grid],
-        "slope_free": [slope(x, infinite)[0].item() for x in grid],
+        "slope": [slope(x).item() for x in grid],
+        "slope_free": [slope(x, infinite).item() for x in grid],
         "dual": [dual(x).item() for x in grid],
         "dual_free": [dual(x, infinite).item() for x in grid],
         "primal": [primal(x).item() for x in grid],
         "points": {
             name: {
                 "gamma": gamma.item(),
-                "slope": slope(gamma)[0].item(),
+                "slope": slope(gamma).item(),
                 "dual": dual(gamma).item(),
                 "primal": primal(gamma).item(),
             }
@@ -236,157 +309,6 @@ def draw_dual(data: Data) -> Figure:
     return figure
 
 
-# ---- Quantized weights ----
-
-
-def quantized(
-    make_optimizer: Callable[[nn.Module], ProjectedDFW | TernaryDFW],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The state of a layer when quantized training begins, and the gradient at its weights.
-
-    The layer is that of a small network, trained as a float network on the digits before.
-    """
-    images, labels = digits()
-    shuffle = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10)
-        ).double()
-    criterion, weight = MultiClassHingeLoss(), net.get_parameter("2.weight")
-
-    def backward() -> Any:
-        batch = torch.randperm(len(labels), generator=shuffle)[:50]
-        loss = criterion(net(images[batch]), labels[batch])
-        net.zero_grad()
-        loss.backward()
-        return loss
-
-    float_optimizer = DFW(net.parameters(), lr=0.1)
-    for _ in range(60):
-        float_optimizer.step(loss=backward())
-    optimizer = make_optimizer(net)
-    backward()
-    assert weight.grad is not None
-    return optimizer.state[weight], weight.grad
-
-
-def binary_data() -> Data:
-    """One output channel of a layer with binary weights."""
-    state, gradient = quantized(lambda net: ProjectedDFW(param_groups(net)))
-    channel = slice(12, 13)
-    u, g, scale = (tensor[channel] for tensor in (state["latent"], gradient, state["scale"]))
-    pulled = binary.pull_back(g, u, state["unit"], scale)
-    assert pulled.metric is not None
-    signs = torch.where(u >= 0, 1.0, -1.0)
-    chain = state["unit"] * (scale * g + signs * (g * signs).mean())
-    return {
-        "unit": state["unit"].item(),
-        "scale": scale.item(),
-        "latent": u.flatten().tolist(),
-        "weight": binary.quantize(u, state["unit"], scale).flatten().tolist(),
-        "gradient": g.flatten().tolist(),
-        "delta": (pulled.metric * pulled.gradient).flatten().tolist(),
-        "chain_rule": chain.flatten().tolist(),
-    }
-
-
-def draw_binary(data: Data) -> Figure:
-    figure = Figure(figsize=(5, 5.8), layout="constrained")
-    top, bottom = figure.subplots(2)
-    u, g = torch.tensor(data["latent"]), torch.tensor(data["gradient"])
-    q, delta = torch.tensor(data["weight"]), torch.tensor(data["delta"])
-    chain = torch.tensor(data["chain_rule"])
-    level = data["unit"] * data["scale"]
-
-    top.plot([-1, 1], [-level, level], **DASHED)
-    for side, colour in ((-1, "C1"), (1, "C0")):
-        top.plot([0, side], [side * level, side * level], colour)
-        top.plot(u[side * q > 0], q[side * q > 0], f"{colour}o", alpha=0.6)
-    top.set_title("the weight Q, by its latent u", **TITLE)
-    top.set(xticks=[-1, 0, 1], xlabel="u", xlim=(-1.05, 1.05), ylim=(-1.25 * level, 1.25 * level))
-    top.set_yticks([-level, 0, level], [f"−{level:.2f}", "0", f"{level:.2f}"])
-    top.text(0.04, -level, "−c·a", color="C1", va="center")
-    top.text(-0.04, level, "c·a", color="C0", ha="right", va="center")
-    top.text(1, -0.1 * level, "straight through", color="black", ha="right", va="top")
-
-    reach = 1.1 * float(g.abs().max())
-    ends = torch.tensor([-reach, reach])
-    bottom.plot(ends, (level + data["unit"] / len(u)) * ends, "C2")
-    for side, colour, name in ((-1, "C1", "u < 0"), (1, "C0", "u ≥ 0")):
-        chosen = side * q > 0
-        apart = (chain - level * g)[chosen].mean()  # it is the same for all of them
-        bottom.plot(ends, level * ends + apart, colour, linestyle="--")
-        bottom.plot(g[chosen], delta[chosen], f"{colour}o", alpha=0.6)
-        place, align = (0.5 * reach, 0.5 * level * reach + apart), {-1: "right", 1: "left"}[side]
-        near: Data = {"xytext": (4 * side, -8 * side), "textcoords": "offset points"}
-        bottom.annotate(name, place, color=colour, ha=align, va="center", **near)
-    bottom.set_title("the gradient δ of a latent, by the gradient g of its weight", **TITLE)
-    bottom.set(xlabel="g", ylabel="δ", xlim=(-reach, reach))
-    bottom.locator_params(nbins=5)
-    return figure
-
-
-def ternary_data() -> Data:
-    """A tensor of ternary weights, and how many of them are in each zone."""
-    state, gradient = quantized(lambda net: TernaryDFW(param_groups(net)))
-    u, threshold = state["latent"], state["delta"]
-    others = {"unit": state["unit"], "scale_pos": state["scale_pos"]}
-    others |= {"scale_neg": state["scale_neg"], "delta": threshold}
-    weight = ternary.quantize(u, **others)
-    pulled = ternary.pull_back(gradient, u, **others)["latent"]
-    assert pulled.metric is not None
-    factor = pulled.metric * pulled.gradient / gradient  # NaN where the gradient is 0
-    zones = {"negative": u < -threshold, "zero": u.abs() <= threshold, "positive": u > threshold}
-    return {
-        "delta": threshold.item(),
-        "unit": state["unit"].item(),
-        "zones": {
-            name: {
-                "weights": int(zone.sum()),
-                "level": weight[zone][0].item(),
-                "factor": factor[zone].nanmedian().item(),
-            }
-            for name, zone in zones.items()
-        },
-        "histogram": torch.histc(u, 40, -1, 1).tolist(),
-    }
-
-
-def draw_ternary(data: Data) -> Figure:
-    figure = Figure(figsize=(5, 5.2), layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True)
-    delta, zones = data["delta"], data["zones"]
-    limits = {"negative": (-1, -delta), "zero": (-delta, delta), "positive": (delta, 1)}
-    colours = {"negative": "C1", "zero": "C2", "positive": "C0"}
-    bins = len(data["histogram"])
-    edges = torch.linspace(-1, 1, bins + 1)
-    middles = (edges[1:] + edges[:-1]) / 2
-
-    for name, (left, right) in limits.items():
-        colour, zone = colours[name], zones[name]
-        top.plot([left, right], [zone["level"]] * 2, colour, linewidth=2.4)
-        inside = (left < middles) & (middles < right)
-        bottom.stairs(torch.tensor(data["histogram"]) * inside, edges, fill=True, color=colour)
-        for axis in (top, bottom):
-            axis.axvspan(left, right, color=colour, alpha=0.1, linewidth=0)
-    top.set_title("the weight Q, by its latent u", **TITLE)
-    least, most = zones["negative"]["level"], zones["positive"]["level"]
-    top.set_ylim(1.35 * least, 1.35 * most)
-    top.set_yticks([least, 0, most], [f"−{-least:.2f}", "0", f"{most:.2f}"])
-    top.text(0.1, least, "−c·Wₙ", color=colours["negative"], va="center")
-    top.text(-0.1, most, "c·Wₚ", color=colours["positive"], va="center", ha="right")
-
-    tallest = max(data["histogram"])
-    bottom.set_title("how many latents are where, and their gradient δ", **TITLE)
-    bottom.set(ylim=(0, 1.65 * tallest), xlabel="u", xlim=(-1, 1))
-    for name, x in (("negative", -0.5), ("zero", 0), ("positive", 0.5)):
-        words = f"{zones[name]['weights']}\nδ = {zones[name]['factor']:.2f}·g"
-        bottom.text(x, 1.15 * tallest, words, color=colours[name], ha="center")
-    bottom.set_xticks([-1, -delta, delta, 1], ["−1", "−Δ  ", "  Δ", "1"])
-    return figure
-
-
 # ---- The quick start ----
 
 
@@ -402,8 +324,8 @@ def quick_start_data() -> Data:
     return {"runs": [asdict(run) for run in runs]}
 
 
-def of_runs(draw: Callable[[list[quick_start.Run]], Figure]) -> Callable[[Data], Figure]:
-    return lambda data: draw([quick_start.Run(**run) for run in data["runs"]])
+def draw_quick_start(data: Data) -> Figure:
+    return quick_start.draw([quick_start.Run(**run) for run in data["runs"]])
 
 
 # ---- Results ----
@@ -419,6 +341,7 @@ def sweep_data() -> Data:
 
 
 LINES = {"dfw": "C0", "adam": "C1", "sgd": "C2"}
+LABELS = {"dfw": "Euclidean DFW", "adam": "Adam", "sgd": "SGD"}
 
 
 def draw_sweep(data: Data) -> Figure:
@@ -434,7 +357,7 @@ def draw_sweep(data: Data) -> Figure:
         axis.set(xscale="log", ylim=(5, 62), yticks=[10, 20, 30, 40, 50, 60])
         axis.axhline(10, **THIN)
     for optimizer, (x, y) in {"dfw": (2.2, 47), "adam": (2e-4, 50), "sgd": (0.55, 15)}.items():
-        axes[0].text(x, y, results.NAMES[optimizer], color=LINES[optimizer])
+        axes[0].text(x, y, LABELS[optimizer], color=LINES[optimizer])
     axes[-1].set_xlabel("lr")
     return figure
 
@@ -472,36 +395,23 @@ def draw_curves(data: Data) -> Figure:
     labels = [("dfw", 0, 26, 75), ("adam", 0, 16, 59), ("dfw", 1, 24, 75.5), ("adam", 1, 8, 62)]
     labels += [("dfw", 2, 16, 85), ("adam", 2, 14.5, 71.5), ("sgd", 2, 26, 67)]
     for optimizer, panel, x, y in labels:
-        axes[panel].text(x, y, results.NAMES[optimizer], color=LINES[optimizer])
+        axes[panel].text(x, y, LABELS[optimizer], color=LINES[optimizer])
     axes[-1].set_xlabel("epoch")
     return figure
 
 
 # ---- All of them ----
 
-SOURCES: dict[str, Callable[[], Data]] = {
-    "step": step_data,
-    "dual": dual_data,
-    "binary": binary_data,
-    "ternary": ternary_data,
-    "quick_start": quick_start_data,
-    "sweep": sweep_data,
-    "curves": curves_data,
+SOURCES: dict[str, tuple[Callable[[], Data], Callable[[Data], Figure]]] = {
+    "step": (step_data, draw_step),
+    "spectral": (spectral_data, draw_spectral),
+    "plane": (plane_data, draw_plane),
+    "dual": (dual_data, draw_dual),
+    "quick_start": (quick_start_data, draw_quick_start),
+    "sweep": (sweep_data, draw_sweep),
+    "curves": (curves_data, draw_curves),
 }
-"""What is computed, by the name of its JSON file."""
-
-FIGURES: dict[str, dict[str, Callable[[Data], Figure]]] = {
-    "step": {"step": draw_step},
-    "dual": {"dual": draw_dual},
-    "binary": {"binary": draw_binary},
-    "ternary": {"ternary": draw_ternary},
-    "quick_start": {
-        f"quick_start_{name}": of_runs(draw) for name, draw in quick_start.FIGURES.items()
-    },
-    "sweep": {"sweep": draw_sweep},
-    "curves": {"curves": draw_curves},
-}
-"""What is drawn from it, by the name of the SVG."""
+"""What is computed, and how it is drawn, by the name of the JSON and the SVG."""
 
 
 def svg(name: str, draw: Callable[[Data], Figure], data: Data) -> str:
@@ -587,11 +497,11 @@ def as_json(data: Data) -> str:
 
 
 def write(source: str, folder: Path) -> None:
-    """Compute the numbers of ``source``, and draw its figures."""
-    data = rounded(SOURCES[source]())
+    """Compute the numbers of ``source``, and draw them."""
+    compute, draw = SOURCES[source]
+    data = rounded(compute())
     (folder / f"{source}.json").write_text(as_json(data), encoding="utf-8")
-    for name, draw in FIGURES[source].items():
-        (folder / f"{name}.svg").write_text(svg(name, draw, data), encoding="utf-8")
+    (folder / f"{source}.svg").write_text(svg(source, draw, data), encoding="utf-8")
     if source == "quick_start":
         text = quick_start.report([quick_start.Run(**run) for run in data["runs"]])
         (folder / f"{source}.txt").write_text(f"{text}\n", encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Fill the tables of results.md and the README from their runs: python docs/results.py
+"""Fill the tables of these pages and the README from their runs: python docs/results.py
 
 The runs are in docs/runs, a CSV for each table: every epoch of every run, and the arguments that
 the run was started with. A finished run is added from the folder that it left behind:
 
-    python docs/results.py --add sweep runs/xnor-dfw runs/xnor-adam
+    python docs/results.py --add main runs/xnor-dfw runs/xnor-adam
 
-tests/test_docs_results.py checks that the page shows what the runs say.
+tests/test_docs_results.py checks that the pages show what the runs say.
 """
 
 from __future__ import annotations
@@ -24,23 +24,21 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
-PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
+PAGES = (DOCS / "results.md", DOCS / "design-notes.md", DOCS.parent / "README.md")
 RUNS = DOCS / "runs"
 
 NETS = ("float", "binary", "ternary", "xnor")
 OPTIMIZERS = ("dfw", "adam", "sgd")
-LOSSES = ("svm", "ce")
-SHORTCUTS = ("", "bireal")
 ARCHES = ("wrn16-2", "densenet28")
 NAMES = {
     "float": "float",
     "binary": "binary weights",
     "ternary": "ternary weights",
     "xnor": "XNOR",
-    "dfw": "DFW",
     "adam": "Adam",
     "adamw": "AdamW",
     "sgd": "SGD",
+    "muon": "Muon",
     "parq": "PARQ",
     "bireal": "Bi-Real shortcuts",
     "wrn16-2": "WRN-16-2",
@@ -48,6 +46,7 @@ NAMES = {
     "svm": "SVM",
     "ce": "cross-entropy",
 }
+SCHEDULES = {"cosine": "", "none": "no schedule", "parq": "its own schedule"}
 
 
 # ---- The runs ----
@@ -69,30 +68,23 @@ class Run:
         return after[0] if after and not after[0].startswith("--") else "yes"
 
     @property
-    def lr(self) -> float:
-        return float(self["lr"])
-
-    @property
-    def float_epochs(self) -> int:
-        """How many of its epochs had float weights, before they were quantized."""
-        return int(self["float-epochs"] or 0)
+    def optimizer(self) -> str:
+        """Its name; runs of DFW from before there was a choice of norm are Euclidean."""
+        if self["optimizer"] == "dfw":
+            return "DFW" if self["norm"] == "spectral" else "Euclidean DFW"
+        return NAMES[self["optimizer"]]
 
     @property
     def start(self) -> str:
         """How its weights began, if they were not quantized from the first step on."""
-        if self["relax"]:
-            return "relaxed"
-        return f"float for {self.float_epochs} epochs" if self.float_epochs else ""
+        return "relaxed" if self["relax"] else "float first" if self["float-epochs"] else ""
 
     @property
     def accuracy(self) -> float:
-        """After the last epoch, in percent."""
-        return 100 * self.rows[-1]["accuracy"]
-
-    @property
-    def average(self) -> float:
-        """Of the average of the weights, after the last epoch, in percent."""
-        return 100 * self.rows[-1]["average_accuracy"]
+        """After the last epoch, in percent; of the average where that is what was judged."""
+        last = self.rows[-1]
+        judged = "average_accuracy" if self["average"] == "yes" else "accuracy"
+        return 100 * last[judged]
 
 
 def load(table: str) -> list[Run]:
@@ -125,54 +117,48 @@ def add(table: str, folders: Iterable[Path]) -> None:
 
 def _finished(folder: Path) -> Run:
     sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "examples")]
-    from resnet20 import checkpoint
+    from common import load_checkpoint
 
-    stored = checkpoint.load(folder)
+    stored = load_checkpoint(folder)
     settings = stored["settings"]
-    total = settings["epochs"] if "epochs" in settings else settings["steps"]
     rows = [
-        {key.removeprefix("held_out_"): float(value) for key, value in row.items()}
+        {re.sub("^(test|validation)_", "", key): float(value) for key, value in row.items()}
         for row in stored["history"]
     ]
-    if rows[-1].get("epoch", rows[-1].get("step")) != total:
+    unit = "epoch" if "epochs" in settings else "step"
+    if not rows or rows[-1][unit] != settings[f"{unit}s"]:
         raise SystemExit(f"{folder} is not finished; resume it first")
     return Run(_arguments(settings), tuple(rows))
 
 
 def _arguments(settings: dict[str, Any]) -> str:
-    # What decides the weights; where they were computed is told on the page.
-    from chars.settings import Settings as Chars
-    from resnet20.settings import Settings as Images
-    from resnet20.settings import option
-
-    always = [
-        "net",
-        "optimizer",
-        "loss",
-        "lr",
-        "attention_lr",
-        "epochs",
-        "steps",
-        "schedule",
-        "seed",
-    ]
-    given = {key: settings[key] for key in always if key in settings}
-    known = Images if "epochs" in settings else Chars
-    place = {"data": "-", "device": "cpu"} if "epochs" in settings else {}
-    defaults = known.choose(given | place).to_dict()
-    for key, value in settings.items():
-        if key not in ("data", "device", "threads", "amp") and value != defaults[key]:
-            given[key] = value
+    """What decides the weights, as options; where they were computed is told on the page."""
+    if settings["optimizer"] == "dfw":
+        settings = settings | {"norm": settings.get("norm") or "spectral"}
     words = []
-    for key, value in given.items():
+    for key, value in settings.items():
+        name = key.replace("_", "-")
+        if key in ("data", "device", "threads", "amp") or value is None:
+            continue
         if isinstance(value, bool):
-            words.append(option(key) if value else option(f"no_{key}"))
+            words += [f"--{name}"] * value
         else:
-            words += [option(key), f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(words)
 
 
-# ---- What the tables are made of ----
+def pick(runs: Iterable[Run], **options: str) -> list[Run]:
+    """The runs with these options; an empty value stands for one that is not given."""
+    return [
+        run for run in runs if all(run[k.replace("_", "-")] == v for k, v in options.items())
+    ]
+
+
+def by_lr(run: Run) -> float:
+    return float(run["lr"])
+
+
+# ---- The tables ----
 
 Cells = Sequence[str]
 
@@ -190,141 +176,74 @@ def number(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({', '.join(f'{x:.1f}' for x in values)})"
 
 
-def signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+def mean(runs: Sequence[Run]) -> float:
+    return sum(run.accuracy for run in runs) / len(runs)
 
 
-def pick(runs: Iterable[Run], **options: str) -> list[Run]:
-    """The runs with these options; an empty value stands for one that is not given."""
-    return [run for run in runs if all(run[key] == value for key, value in options.items())]
-
-
-def accuracies(runs: Iterable[Run], **options: str) -> list[float]:
-    return [run.accuracy for run in pick(runs, **options)]
-
-
-# ---- The table ----
-
-
-def mean_of(runs: list[Run], net: str, optimizer: str) -> float:
-    """Over seeds, with the better of the losses that there are runs with.
-
-    Of the plain ones: quantized from the first step on, with the usual shortcuts.
-    """
-    plain = [run for run in runs if not run.start]
-    options = {"net": net, "optimizer": optimizer, "shortcut": ""}
-    losses = [accuracies(plain, loss=loss, **options) for loss in LOSSES]
-    return max(sum(values) / len(values) for values in losses if values)
-
-
-def main_table() -> str:
-    return rows_of(load("main"))
-
-
-def long_table() -> str:
-    return rows_of(load("long"))
-
-
-def rows_of(runs: list[Run]) -> str:
-    """A row for every kind of run, with the mean over its seeds."""
-    starts = sorted({run.start for run in runs})
-    kinds = itertools.product(SHORTCUTS, NETS, OPTIMIZERS, LOSSES, starts)
+def budget_table(name: str, epochs: str) -> str:
+    """A row for every optimizer of a net, with the mean over its seeds; the best is bold."""
+    kinds: dict[str, dict[tuple[str, ...], list[Run]]] = {}
+    for run in [*load(name), *pick(load("parq"), epochs=epochs)]:
+        if run["loss"] == "svm" and run["optimizer"] != "dfw" or run["float-epochs"]:
+            continue  # the baselines are shown with the loss that suits them
+        net = ", ".join(NAMES[name] for name in (run["net"], run["shortcut"]) if name)
+        who = ", ".join(filter(None, (run.optimizer, run.start, SCHEDULES[run["schedule"]])))
+        how = (who, run["lr"])
+        kinds.setdefault(net, {}).setdefault(how, []).append(run)
     rows = []
-    for shortcut, net, optimizer, loss, start in kinds:
-        chosen = [
-            run
-            for run in pick(runs, shortcut=shortcut, net=net, optimizer=optimizer, loss=loss)
-            if run.start == start
-        ]
-        if not chosen:
-            continue
-        name = f"{NAMES[net]}, {NAMES[shortcut]}" if shortcut else NAMES[net]
-        name += f", {start}" * bool(start)
-        full_loss = "smoothed " * (optimizer == "dfw") + NAMES[loss]
-        accuracy = number([run.accuracy for run in chosen])
-        cells = [name, NAMES[optimizer], full_loss, f"{chosen[0].lr:g}", accuracy]
-        rows.append([f"**{cell}**" for cell in cells] if optimizer == "dfw" else cells)
-    return markdown(["net", "optimizer", "loss", "lr", "test accuracy, %"], rows)
+    for net, those in sorted(kinds.items(), key=lambda item: _order(item[0])):
+        best = max(mean(runs) for runs in those.values())
+        for how, runs in sorted(those.items()):
+            accuracy = number([run.accuracy for run in runs])
+            bold = "**" * (len(those) > 1 and mean(runs) == best)
+            rows.append([net, *how, f"{bold}{accuracy}{bold}"])
+    return markdown(["net", "optimizer", "lr", "accuracy, %"], rows)
+
+
+def _order(net: str) -> tuple[int, str]:
+    return [NAMES[key] for key in NETS].index(net.partition(",")[0]), net
 
 
 def readme_table() -> str:
-    """For a first look."""
-    runs, rows = load("main"), []
-    for net in NETS:
-        values = {optimizer: mean_of(runs, net, optimizer) for optimizer in OPTIMIZERS}
-        most = f"{max(values.values()):.1f}"
-        cells = [f"{value:.1f}" for value in values.values()]
-        rows.append([NAMES[net], *(f"**{cell}**" if cell == most else cell for cell in cells)])
-    return markdown(["net", *(NAMES[optimizer] for optimizer in OPTIMIZERS)], rows)
-
-
-def targets_table() -> str:
-    return targets_of(load("main"))
-
-
-def long_targets_table() -> str:
-    return targets_of(load("long"))
-
-
-YARDSTICK = "the best float row"
-
-
-def targets_of(runs: list[Run]) -> str:
-    """What was to be reached, next to what was, as far as there are runs to compare."""
-    made = {(run["net"], run["optimizer"]) for run in pick(runs, shortcut="") if not run.start}
-    means = {key: mean_of(runs, *key) for key in made}
-    floats = [means[key] for key in means if key[0] == "float"]
-
-    def best(net: str, *optimizers: str) -> float:
-        found = [means[net, name] for name in optimizers if (net, name) in means]
-        return max(found) if len(found) == len(optimizers) else math.nan
-
-    compared = [
-        ("xnor", "Adam", best("xnor", "adam"), "+3.0 (poster: +3.0)", 3.0),
-        ("ternary", "SGD", best("ternary", "sgd"), "0.0 (poster: −1.6)", 0.0),
-        ("ternary", YARDSTICK, max(floats), "−0.6", -0.6),
-        ("binary", YARDSTICK, max(floats), "−1.0", -1.0),
-    ]
-    compared += [
-        (net, "the better of Adam and SGD", best(net, "adam", "sgd"), "", math.nan) for net in NETS
-    ]
+    """For a first look: the thirty epochs that all have in common."""
+    runs = [run for run in [*load("long"), *load("parq")] if run["epochs"] == "30"]
+    runs = [run for run in runs if not run.start and not run["shortcut"]]
+    names = [*dict.fromkeys(run.optimizer for run in sorted(runs, key=lambda r: r.optimizer))]
     rows = []
-    for net, other, theirs, target, least in compared:
-        ours = {"DFW": means.get((net, "dfw"), math.nan)}
-        if other == YARDSTICK:
-            for run in pick(runs, net=net, optimizer="dfw", shortcut="", seed="0"):
-                if run.start:
-                    ours[f"DFW, {run.start},"] = run.accuracy
-        for name, value in ours.items():
-            gain = value - theirs
-            if not math.isnan(gain):
-                met = "" if math.isnan(least) else "yes" if gain >= least else "**no**"
-                rows.append([f"{NAMES[net]}: {name} above {other}", target, signed(gain), met])
-    return markdown(["points", "target", "measured", "met"], rows)
-
-
-# ---- One learning rate ----
-
-WITHIN = (2.0, 10.0)
+    for net in NETS:
+        values = {run.optimizer: run.accuracy for run in pick(runs, net=net)}
+        most = max(values.values())
+        cells = [f"{values[n]:.1f}" if n in values else "" for n in names]
+        rows.append([NAMES[net], *(f"**{c}**" if c == f"{most:.1f}" else c for c in cells)])
+    return markdown(["net", *names], rows)
 
 
 def sweep() -> dict[tuple[str, str], dict[float, float]]:
     """Accuracy by lr, for every net and optimizer."""
     runs, points = load("sweep"), {}
-    for net in NETS:
-        for optimizer in OPTIMIZERS:
-            loss = "svm" if optimizer == "dfw" else "ce"
-            chosen = pick(runs, net=net, optimizer=optimizer, loss=loss, seed="0")
-            points[net, optimizer] = {run.lr: run.accuracy for run in sorted(chosen, key=by_lr)}
+    for net, optimizer in itertools.product(NETS, OPTIMIZERS):
+        loss = "svm" if optimizer == "dfw" else "ce"
+        chosen = pick(runs, net=net, optimizer=optimizer, loss=loss, seed="0")
+        points[net, optimizer] = {by_lr(run): run.accuracy for run in sorted(chosen, key=by_lr)}
     return points
 
 
-def by_lr(run: Run) -> float:
-    return run.lr
+def sweep_table() -> str:
+    """The best accuracy and its lr, and the decades around it that are within 2 and 10 points."""
+    rows, swept = [], sweep()
+    for net in NETS:
+        cells = [NAMES[net]]
+        for optimizer in OPTIMIZERS:
+            points = swept[net, optimizer]
+            best = max(points, key=points.__getitem__)
+            widths = ", ".join(f"{decades(points, within):.1f}" for within in (2, 10))
+            cells.append(f"{points[best]:.1f} at {best:g} ({widths})")
+        rows.append(cells)
+    return markdown(["net", "Euclidean DFW", "Adam", "SGD"], rows)
 
 
-def plateau(points: dict[float, float], within: float) -> tuple[float, float]:
-    """The values of lr about the best one at which accuracy is within so many points of it.
+def decades(points: dict[float, float], within: float) -> float:
+    """How wide the plateau about the best lr is on which accuracy is within so many points.
 
     Between two values of lr that were tried, accuracy is taken to be linear in log lr.
     """
@@ -337,204 +256,111 @@ def plateau(points: dict[float, float], within: float) -> tuple[float, float]:
         for far in side:
             if points[far] < level:
                 share = (points[near] - level) / (points[near] - points[far])
-                return float(near * (far / near) ** share)
+                return near * float((far / near) ** share)
             near = far
         return near
 
-    return reach(tried[:at][::-1]), reach(tried[at + 1 :])
+    return math.log10(reach(tried[at + 1 :]) / reach(tried[:at][::-1]))
 
-
-def decades(points: dict[float, float], within: float) -> float:
-    low, high = plateau(points, within)
-    return math.log10(high / low)
-
-
-def sweep_table() -> str:
-    swept = sweep()
-    tried = sorted({lr for points in swept.values() for lr in points})
-    rows = []
-    for (net, optimizer), points in swept.items():
-        best = max(points.values())
-        cells = [f"{points[lr]:.1f}" if lr in points else "" for lr in tried]
-        cells = [f"**{cell}**" if cell == f"{best:.1f}" else cell for cell in cells]
-        rows.append([NAMES[net], NAMES[optimizer], *cells])
-    return markdown(["net", "optimizer", *(f"{lr:g}" for lr in tried)], rows)
-
-
-def plateau_table() -> str:
-    swept, rows = sweep(), []
-    for within in WITHIN:
-        for net in NETS:
-            widths = [decades(swept[net, optimizer], within) for optimizer in OPTIMIZERS]
-            gain = widths[0] - max(widths[1:])
-            cells = []
-            for optimizer, width in zip(OPTIMIZERS, widths, strict=True):
-                low, high = plateau(swept[net, optimizer], within)
-                cells.append(f"{width:.2f} ({low:.2g} to {high:.2g})")
-            met = "yes" if gain >= 1 else "**no**"
-            more = f"{gain:+.2f}".replace("-", "−")
-            rows.append([f"{within:g}", NAMES[net], *cells, more, met])
-    header = ["points", "net", *(NAMES[name] for name in OPTIMIZERS), "DFW's more than both"]
-    return markdown([*header, "by a decade"], rows)
-
-
-def svm_table() -> str:
-    """The baselines' values of lr with the SVM loss."""
-    runs, rows = load("sweep"), []
-    for net in NETS:
-        for optimizer in ("adam", "sgd"):
-            chosen = sorted(pick(runs, net=net, optimizer=optimizer, loss="svm"), key=by_lr)
-            best = max((run.accuracy for run in chosen), default=math.nan)
-            cells = [
-                f"{run.lr:g}: {'**' * (run.accuracy == best)}{run.accuracy:.1f}"
-                f"{'**' * (run.accuracy == best)}"
-                for run in chosen
-            ]
-            rows.append([NAMES[net], NAMES[optimizer], ", ".join(cells)])
-    return markdown(["net", "optimizer", "accuracy at lr"], rows)
-
-
-# ---- Ablations ----
 
 VARIANTS: list[tuple[str, dict[str, str]]] = [
     ("as it is", {}),
-    ("closed form, then clipped", {"step-size": "closed_form"}),
+    ("closed form, then clipped", {"step_size": "closed_form"}),
     ("radius 0.5", {"radius": "0.5"}),
     ("radius 2", {"radius": "2"}),
     ("momentum 0", {"momentum": "0"}),
-    ("SVM loss, not smoothed", {"no-smooth": "yes"}),
+    ("SVM loss, not smoothed", {"no_smooth": "yes"}),
     ("cross-entropy", {"loss": "ce"}),
     ("no schedule", {"schedule": "none"}),
 ]
-CHANGEABLE = ("step-size", "radius", "momentum", "no-smooth", "loss", "schedule")
 
 
 def ablation_table() -> str:
     runs = load("ablations")
-    nets = [net for net in NETS if pick(runs, net=net)]
-    rates = sorted({run["lr"] for run in runs}, key=float)
-    columns = [(net, lr) for net in nets for lr in rates if pick(runs, net=net, lr=lr)]
+    columns = [
+        (net, lr)
+        for net in NETS
+        for lr in sorted({run["lr"] for run in runs}, key=float)
+        if pick(runs, net=net, lr=lr)
+    ]
+    changeable = ("step_size", "radius", "momentum", "no_smooth", "loss", "schedule")
     rows = []
     for name, changed in VARIANTS:
-        options = dict.fromkeys(CHANGEABLE, "") | {"loss": "svm", "schedule": "cosine"} | changed
-        cells = [
-            number(accuracies(runs, net=net, lr=lr, average="", **options)) for net, lr in columns
-        ]
-        if any(cells):
-            rows.append([name, *cells])
+        options = dict.fromkeys(changeable, "") | {"loss": "svm", "schedule": "cosine"} | changed
+        chosen = [pick(runs, net=net, lr=lr, average="", **options) for net, lr in columns]
+        rows.append([name, *(number([run.accuracy for run in those]) for those in chosen)])
     return markdown(["", *(f"{NAMES[net]}, lr {lr}" for net, lr in columns)], rows)
 
 
-# ---- The open problem ----
-
-
 def open_table() -> str:
-    """XNOR with a schedule and without, of the network and of its average."""
+    """XNOR with a schedule and without, of the network and of a moving average."""
     runs, rows = load("open"), []
-    kinds = sorted({(run["epochs"], run["limit"], run.lr) for run in runs})
-    for epochs, limit, lr in kinds:
-        chosen = pick(runs, epochs=epochs, limit=limit, lr=f"{lr:g}")
-        images = "10,000" if limit else "50,000"
-        cells = [f"{images} images, {epochs} epochs", f"{lr:g}"]
-        plain = {schedule: pick(chosen, schedule=schedule) for schedule in ("cosine", "none")}
-        # Runs that differ in the average alone are one run, if the same kernels made their steps.
-        cells += [number(sorted({run.accuracy for run in plain[name]})) for name in plain]
-        averaged = [(run["average"], run.average) for run in plain["none"] if run["average"]]
-        cells.append(", ".join(f"{accuracy:.1f} ({decay})" for decay, accuracy in averaged))
+    for lr in sorted({run["lr"] for run in runs}, key=float):
+        chosen = pick(runs, lr=lr)
+        cells = [lr]
+        for schedule in ("cosine", "none"):
+            # Runs that differ in the average alone are one run.
+            plain = {100 * run.rows[-1]["accuracy"] for run in pick(chosen, schedule=schedule)}
+            cells.append(number(sorted(plain)))
+        averaged = [run for run in pick(chosen, schedule="none") if run["average"]]
+        values = [(100 * run.rows[-1]["average_accuracy"], run["average"]) for run in averaged]
+        cells.append(", ".join(f"{accuracy:.1f} ({decay})" for accuracy, decay in values))
         rows.append(cells)
-    header = ["budget", "lr", "cosine", "no schedule", "no schedule, average (decay)"]
-    return markdown(header, rows)
-
-
-# ---- A peer, and another network ----
-
-
-def peers_table() -> str:
-    """PARQ, and DFW with the same budgets from the main tables."""
-    dfw = pick([*load("main"), *load("long")], optimizer="dfw", shortcut="", seed="0")
-    rows = []
-    for net in ("binary", "ternary"):
-        chosen = [*pick(dfw, net=net), *pick(load("parq"), net=net)]
-        for run in sorted(chosen, key=_by_budget):
-            name = NAMES[run["optimizer"]]
-            name += f", {run.start}" * bool(run.start)
-            cells = [NAMES[net], run["epochs"], name, run["schedule"], run["lr"]]
-            rows.append([*cells, f"{run.accuracy:.1f}"])
-    return markdown(["net", "epochs", "optimizer", "schedule", "lr", "test accuracy, %"], rows)
-
-
-def _by_budget(run: Run) -> tuple[int, str, str]:
-    return int(run["epochs"]), run["optimizer"], run["schedule"]
-
-
-def float_first_table() -> str:
-    """Accuracy by the number of epochs before the weights are quantized."""
-    return by_start("float_first", "float-epochs")
+    return markdown(["lr", "cosine", "no schedule", "no schedule, average (decay)"], rows)
 
 
 def relaxed_table() -> str:
     """Accuracy by the share of the run after which the weights are quantized."""
-    return by_start("relaxed", "relax")
-
-
-def by_start(table: str, option: str) -> str:
-    """Accuracy by the value of an option, and without it in the sweep."""
-    runs = pick(load(table), seed="0")
-    values = sorted({run[option] for run in runs}, key=float)
-    kinds = sorted({tuple(run[key] for key in ("net", "optimizer", "loss", "lr")) for run in runs})
-    kinds.sort(key=lambda kind: (NETS.index(kind[0]), OPTIMIZERS.index(kind[1])))
+    runs = pick(load("relaxed"), seed="0")
+    shares = sorted({run["relax"] for run in runs}, key=float)
     rows = []
-    for net, optimizer, loss, lr in kinds:
-        options = {"net": net, "optimizer": optimizer, "loss": loss, "lr": lr, "seed": "0"}
+    for net, lr in sorted({(run["net"], run["lr"]) for run in runs}):
+        options = {"net": net, "optimizer": "dfw", "loss": "svm", "lr": lr, "seed": "0"}
         both = [*pick(load("sweep"), **options), *pick(runs, **options)]
-        found = {run[option]: f"{run.accuracy:.1f}" for run in both}
-        cells = [found.get(value, "") for value in ("", *values)]
-        rows.append([NAMES[net], NAMES[optimizer], lr, *cells])
-    return markdown(["net", "optimizer", "lr", "0", *values], rows)
+        found = {run["relax"]: f"{run.accuracy:.1f}" for run in both}
+        rows.append([NAMES[net], lr, *(found.get(share, "") for share in ("", *shares))])
+    return markdown(["net", "lr", "0", *shares], rows)
 
 
 def architectures_table() -> str:
     """Float and ternary weights in other networks than ResNet-20."""
     runs, rows = load("architectures"), []
+    names = sorted({run.optimizer for run in runs})
     for arch, net in itertools.product(ARCHES, ("float", "ternary")):
-        cells = []
-        for optimizer in OPTIMIZERS:
-            (run,) = pick(runs, arch=arch, net=net, optimizer=optimizer)
-            cells.append(f"{run.accuracy:.1f} ({run.lr:g})")
-        rows.append([NAMES[arch], NAMES[net], *cells])
-    return markdown(["network", "weights", *(f"{NAMES[name]} (lr)" for name in OPTIMIZERS)], rows)
+        found = {run.optimizer: run for run in pick(runs, arch=arch, net=net)}
+        best = max(run.accuracy for run in found.values())
+        cells = [NAMES[arch], NAMES[net]]
+        for run in map(found.get, names):
+            bold = "**" * (run is not None and run.accuracy == best)
+            cells.append(f"{bold}{run.accuracy:.1f}{bold} ({run['lr']})" if run else "")
+        rows.append(cells)
+    return markdown(["network", "weights", *(f"{name} (lr)" for name in names)], rows)
 
 
 def chars_table() -> str:
-    runs, rows = load("chars"), []
-    for net in ("float", "ternary"):
-        for optimizer in ("dfw", "adamw", "sgd"):
-            for run in sorted(pick(runs, net=net, optimizer=optimizer), key=by_lr):
-                cells = [NAMES[net], NAMES[optimizer], run["lr"], run["attention-lr"]]
-                rows.append([*cells, run["seed"], f"{run.rows[-1]['val_loss']:.3f}"])
-    return markdown(["weights", "optimizer", "lr", "of Q and K", "seed", "validation loss"], rows)
+    """The character transformer; several seeds in one row."""
+    kinds: dict[tuple[str, ...], list[float]] = {}
+    for run in sorted(load("chars"), key=lambda run: (run["net"], run.optimizer, by_lr(run))):
+        kind = (NAMES[run["net"]], run.optimizer, run["lr"], run["attention-lr"] or run["lr"])
+        kinds.setdefault(kind, []).append(run.rows[-1]["val_loss"])
+    rows = [[*kind, ", ".join(f"{x:.3f}" for x in values)] for kind, values in kinds.items()]
+    return markdown(["weights", "optimizer", "lr", "of Q and K", "validation loss"], rows)
 
 
-# ---- The page ----
+# ---- The pages ----
 
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme_table,
-    "main": main_table,
-    "long": long_table,
-    "long_targets": long_targets_table,
-    "targets": targets_table,
+    "main": lambda: budget_table("main", "5"),
+    "long": lambda: budget_table("long", "30"),
     "sweep": sweep_table,
-    "plateau": plateau_table,
-    "svm": svm_table,
     "ablations": ablation_table,
     "open": open_table,
-    "parq": peers_table,
-    "float_first": float_first_table,
     "relaxed": relaxed_table,
     "architectures": architectures_table,
     "chars": chars_table,
 }
-"""What stands between the marks on the page, by their names."""
+"""What stands between the marks on the pages, by their names."""
 
 
 def fill(page: str) -> str:

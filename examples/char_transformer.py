@@ -8,119 +8,246 @@ straight-through gradients. All see the same batches. Embeddings, norms and last
 """
 
 import argparse
-import contextlib
 import math
-import shlex
 import sys
-from collections.abc import Callable
+import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from resnet20.command_line import INTERRUPTED, Parser, fail, missing, whole
-from resnet20.errors import UserError
+import common
+import numpy as np
+import torch
+from common import Parser, UserError, check_new, how_to_resume, number, resumed, run
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 
-_CHECKPOINT = "checkpoint.pt"
+from dfw_opt import DFW, TernaryDFW, param_groups
 
-
-def _real(above: float, below: float, including: bool = False) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        value = float(text)
-        if not (above < value < below or (including and value == above)):
-            bounds = f"{'at least' if including else 'above'} {above:g} and below {below:g}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
-        return value
-
-    convert.__name__ = "number"
-    return convert
+LAYERS, WIDTH, HEADS, CONTEXT = 4, 128, 4, 128
+PLACE = ("threads",)  # may differ when a run is resumed
 
 
-def parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of one run, all of them plain values; ``None`` is the optimizer's own choice."""
+
+    net: str = "ternary"
+    optimizer: str = "dfw"
+    lr: Any = None
+    steps: int = 1000
+    batch_size: int = 32
+    schedule: str
+    average: bool
+    evaluate_every: int = 100
+    seed: int = 0
+    threads: int | None = None
+
+    @classmethod
+    def choose(cls, given: dict[str, Any]) -> "Settings":
+        """Complete what the user gave by defaults."""
+        optimizer = given.get("optimizer", "dfw")
+        schedule = given.get("schedule", "none" if optimizer == "dfw" else "cosine")
+        lr = {"dfw": None, "adamw": 0.003, "sgd": 0.1}[optimizer]
+        average = optimizer == "dfw" and schedule == "none"
+        return cls(**({"lr": lr, "schedule": schedule, "average": average} | given))
+
+
+class Text:
+    """Python's reference manual, as ``help()`` shows it: nothing has to be downloaded.
+
+    It differs a little from one version of Python to the next. The last tenth is for validation.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from pydoc_data.topics import topics
+        except ModuleNotFoundError as error:
+            raise UserError("this Python has no pydoc_data.topics; use another") from error
+        paragraphs = (p.rstrip() for name in sorted(topics) for p in topics[name].split("\n\n"))
+        # Each only once: some topics repeat what others have, which could be learnt by heart.
+        text = "\n\n".join(dict.fromkeys(p for p in paragraphs if p))
+        self.alphabet = "".join(sorted(set(text)))
+        number_of = {character: i for i, character in enumerate(self.alphabet)}
+        numbers = torch.tensor([number_of[character] for character in text])
+        held_out = len(numbers) // 10
+        self.train, self.validation = numbers[:-held_out], numbers[-held_out:]
+
+    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Random stretches, and the same one character further on; of ``(seed, step)`` alone."""
+        starts = np.random.default_rng((seed, step)).integers(len(self.train) - CONTEXT, size=size)
+        stretches = self.train[torch.from_numpy(starts)[:, None] + torch.arange(CONTEXT + 1)]
+        return stretches[:, :-1], stretches[:, 1:]
+
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """The validation text side by side; what does not fill a window is left out."""
+        count = (len(self.validation) - 1) // CONTEXT * CONTEXT
+        inputs, targets = self.validation[:count], self.validation[1 : count + 1]
+        return inputs.view(-1, CONTEXT), targets.view(-1, CONTEXT)
+
+
+class Block(nn.Module):
+    """Causal attention and a two-layer perceptron, each normalised before and added after.
+
+    Projections are Linear layers, of which nn.MultiheadAttention has none to quantize.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)
+        )
+        self.wide = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
+        self.narrow = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = self.norm1(x)
+        query, key, value = (
+            layer(normal).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = x + self.narrow(nn.functional.gelu(self.wide(self.norm2(x))))
+        return out
+
+
+class CharTransformer(nn.Module):
+    """Predicts each next character from at most ``CONTEXT`` characters before it."""
+
+    def __init__(self, characters: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, WIDTH)
+        self.position = nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, characters)
+        for embedding in (self.embedding, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)  # with torch's 1 blocks hardly count
+
+    def forward(self, characters: Tensor) -> Tensor:
+        x = self.embedding(characters) + self.position.weight[: characters.shape[1]]
+        scores: Tensor = self.head(self.norm(self.blocks(x)))
+        return scores
+
+
+class TernaryLinear(nn.Linear):
+    """Computes with ``s * round(clip(w / s, -1, 1))``, s the mean of ``|w|`` (BitNet b1.58)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        scale = w.detach().abs().mean().clamp_min(1e-5)
+        quantized = scale * (w.detach() / scale).clamp(-1, 1).round()
+        # The values of the quantized weights, with the derivative of the identity.
+        return linear(x, w + (quantized - w).detach(), self.bias)
+
+
+def attach(model: CharTransformer, settings: Settings) -> torch.optim.Optimizer:
+    """Make the optimizer for ``model``."""
+    lr, ternary = settings.lr, settings.net == "ternary"
+    if settings.optimizer == "dfw":
+        # Left alone, param_groups would keep the first Linear layer float too: a query, not the
+        # layer that sees the input.
+        groups = param_groups(model, skip="head")
+        given = {} if lr is None else {"lr": lr}
+        return (TernaryDFW if ternary else DFW)(groups, **given)
+    matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
+    rest = [p for name, p in model.named_parameters() if p.dim() < 2 or "blocks" not in name]
+    if ternary:
+        for module in model.blocks.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = TernaryLinear
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD([{"params": matrices}, {"params": rest}], lr, momentum=0.9)
+    decays = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(decays, lr, betas=(0.9, 0.95))  # as for most language models
+
+
+class Run(common.Run):
+    """One training on text."""
+
+    def __init__(self, settings: Settings, text: Text) -> None:
+        torch.set_num_threads(settings.threads or torch.get_num_threads())
+        self.text = text
+        with torch.random.fork_rng(devices=[]):  # the same start for every optimizer
+            torch.manual_seed(settings.seed)
+            model = CharTransformer(len(text.alphabet))
+        super().__init__(settings, model, [attach(model, settings)])
+
+    def describe(self) -> str:
+        settings, guess = self.settings, math.log(len(self.text.alphabet))
+        return (
+            f"{settings.net} transformer, {settings.optimizer}, lr {self.rates[0]:g}, on Python's "
+            f"manual; loss in nats a character, {guess:.2f} for a guess"
+        )
+
+    def train_step(self, step: int) -> Tensor:
+        """The step with this number (from 0); return its loss and γ."""
+        settings = self.settings
+        loss = self.loss(self.model, *self.text.batch(settings.seed, step, settings.batch_size))
+        gamma = self.step(loss, step / settings.steps)
+        return torch.stack((loss.detach(), gamma))
+
+    def advance(self) -> dict[str, float]:
+        start, first = time.perf_counter(), int(self.history[-1]["step"]) if self.history else 0
+        last = min(first + self.settings.evaluate_every, self.settings.steps)
+        if first == last:
+            return {}
+        values = torch.stack([self.train_step(step) for step in range(first, last)])
+        loss, gamma = values.mean(0).tolist()
+        row = {"step": last, "train_loss": loss, "gamma_mean": gamma}
+        row["seconds"] = time.perf_counter() - start
+        row["val_loss"] = self.evaluate(self.model)
+        if self.average is not None:
+            row["average_loss"] = self.evaluate(self.average.module)
+        return row
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> float:
+        """The mean loss over the validation text."""
+        inputs, targets = self.text.windows()
+        parts = zip(inputs.split(64), targets.split(64), strict=True)  # type: ignore[no-untyped-call]
+        return sum(float(self.loss(model, x, y)) * len(x) for x, y in parts) / len(inputs)
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def parser() -> Parser:
     """The command line. What is not given stays out of the result, so that we know what was."""
-    out = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    positive, least_0 = _real(0, math.inf), _real(0, math.inf, True)
-    add = out.add_argument_group("what to train").add_argument
+    out = Parser(__doc__)
+    add, count = out.add_argument, number(int, least=1)
     add("--net", choices=("float", "ternary"), help="default: ternary")
     add("--optimizer", choices=("dfw", "adamw", "sgd"), help="default: dfw")
-    add("--lr", type=positive, help="default: dfw and sgd 0.1, adamw 0.003")
-    add(
-        "--attention-lr",
-        type=positive,
-        help="of queries and keys (default: --lr, x 10 in ternary dfw)",
-    )
-    add("--float-lr", type=positive, help="of embeddings, norms and last layer (default: --lr)")
-    add("--momentum", type=_real(0, 1, True), help="default: 0.9; adamw's first beta")
-    add("--weight-decay", type=least_0, help="of the blocks' matrices (default: adamw 0.1, else 0)")
-    add("--clip", type=positive, metavar="NORM", help="clip the gradient; for adamw and sgd")
-    add("--steps", type=whole(1), help="default: 1000")
-    add("--batch-size", type=whole(1), help="default: 32")
-    add("--schedule", choices=("none", "cosine"), help="of the lr (default: cosine)")
-    add(
-        "--warmup",
-        type=whole(0),
-        metavar="STEPS",
-        help="in which lr rises (default: 20)",
-    )
-    add("--evaluate-every", type=whole(1), metavar="STEPS", help="default: 100")
-    add("--seed", type=whole(0), help="default: 0")
-
-    add = out.add_argument_group("jobs and results").add_argument
-    add("--threads", type=whole(1), help="default: torch's")
-    add("--out", metavar="DIR", help="default: runs/chars-NET-OPTIMIZER")
+    add("--lr", type=number(float, least=0), help="default: dfw's own; adamw 0.003, sgd 0.1")
+    add("--steps", type=count, help="default: 1000")
+    add("--batch-size", type=count, help="default: 32")
+    add("--schedule", choices=("none", "cosine"), help="of lr (default: dfw none, else cosine)")
+    switch = argparse.BooleanOptionalAction
+    add("--average", action=switch, help="judge the mean weights of the last tenth of all steps")
+    add("--evaluate-every", type=count, metavar="STEPS", help="default: 100")
+    add("--seed", type=number(int, least=0), help="default: 0")
+    add("--threads", type=count, help="default: torch's")
+    add("--out", type=Path, metavar="DIR", help="default: runs/chars-NET-OPTIMIZER")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--sample", type=whole(0), metavar="N", help="at the end, make up N characters: 200")
     return out
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     given = vars(parser().parse_args(arguments))
-    for stream in (sys.stdout, sys.stderr):  # a terminal that has no γ shows a question mark
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     name = f"chars-{given.get('net', 'ternary')}-{given.get('optimizer', 'dfw')}"
-    out = Path(given.pop("out", f"runs/{name}"))
-    resume, sample = given.pop("resume", False), given.pop("sample", 200)
-    try:
-        _run(given, out, resume, sample)
-    except ModuleNotFoundError as error:
-        return missing(error)
-    except UserError as error:
-        return fail(str(error))
-    except OSError as error:  # what no part of the example has more to say about
-        return fail(f"{error}; check that path")
-    except KeyboardInterrupt:
-        print(_after_interrupt(out), file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    out, resume = given.pop("out", Path("runs") / name), given.pop("resume", False)
+    return run(partial(train, given, out, resume), partial(how_to_resume, out))
 
 
-def _run(given: dict[str, Any], out: Path, resume: bool, sample: int) -> None:
-    from chars import text
-    from chars.settings import Settings
-    from chars.training import train
-    from resnet20 import checkpoint
-
-    if (out / _CHECKPOINT).exists() and not resume:
-        raise UserError(f"{out} already holds a run; add --resume or choose another --out")
-    if resume:
-        settings = Settings.of_checkpoint(checkpoint.load(out)["settings"]).moved(given)
-    else:
-        settings = Settings.choose(given)
-    run = train(settings, text.load(), out, resume)
-    if sample and math.isfinite(run.history[-1]["val_loss"]):  # else there are no odds to draw by
-        print(run.sample(sample), flush=True)
-
-
-def _after_interrupt(out: Path) -> str:
-    if not (out / _CHECKPOINT).exists():
-        return "Interrupted before the training; run the same command again."
-    command = [Path(sys.executable).name, sys.argv[0], "--out", str(out), "--resume"]
-    return f"Interrupted. To go on: {shlex.join(command)}"
+def train(given: dict[str, Any], out: Path, resume: bool) -> None:
+    if not resume:
+        check_new(out, "--out")
+    settings = resumed(Settings, out, given, PLACE) if resume else Settings.choose(given)
+    Run(settings, Text()).train(out, resume)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Train ResNet-20 with float, binary, XNOR or ternary weights on CIFAR-10, or on digits.
 
-A Wide ResNet and a DenseNet can be had too, with --arch, and PARQ to compare with.
-
 Without --data it trains on the handwritten digits that come with scikit-learn:
 
-    python cifar_resnet20.py --net xnor --optimizer dfw --export xnor.dfw
+    python cifar_resnet20.py --net xnor --optimizer dfw --export xnor.packed
     python cifar_resnet20.py --table
 
 CIFAR-10 is downloaded once, and from then on it is --data data:
@@ -17,271 +15,98 @@ N processes, each with its own GPU if there are any, share every batch:
 """
 
 import argparse
-import contextlib
-import math
-import os
-import shlex
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from resnet20.command_line import (
-    INTERRUPTED,
-    Parser,
-    default_net,
-    fail,
-    has_partners,
-    missing,
-    whole,
-)
-from resnet20.errors import UserError
+from common import LEADS, Parser, UserError, check_new, how_to_resume, number, resumed, run
 
-if TYPE_CHECKING:
-    from resnet20.data import Data
-    from resnet20.distributed import Team
-    from resnet20.settings import Settings
-
-_JOB = ("out", "resume", "export", "table", "bench", "download")
-# Of a single run, and of a table.
-_SIGNS_OF_A_RUN = ("checkpoint.pt", "table.json")
+JOB = ("out", "resume", "export", "table", "download")
+at_least_0 = number(float, least=0)
+above_0 = number(float, least=1e-9)
+count = number(int, least=1)
 
 
-def _real(above: float, below: float, including: bool = False) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        value = float(text)
-        if not (above < value < below or (including and value == above)):
-            bounds = f"{'at least' if including else 'above'} {above:g} and below {below:g}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
-        return value
-
-    convert.__name__ = "number"
-    return convert
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line. What is not given stays out of the result, so that we know what was."""
-    out = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    out = Parser(__doc__)
+    switch = argparse.BooleanOptionalAction
     add = out.add_argument_group("what to train").add_argument
     add("--arch", choices=("resnet20", "wrn16-2", "densenet28"), help="default: resnet20")
-    add(
-        "--net",
-        choices=("float", "binary", "xnor", "ternary", "uniform"),
-        help="default: xnor, which is for resnet20 and not for parq; there binary",
-    )
+    nets = ("float", "binary", "xnor", "ternary", "uniform")
+    add("--net", choices=nets, help="default: xnor, or binary where that cannot be")
     add("--bits", type=int, choices=range(2, 9), help="of a weight, for uniform (default: 4)")
     add("--shortcut", choices=("resnet", "bireal"), help="around two convolutions, or around each")
-    add("--optimizer", choices=("dfw", "adam", "sgd", "parq"), help="default: dfw")
+    add("--optimizer", choices=("dfw", "adam", "sgd", "muon", "parq"), help="default: dfw")
+    add("--norm", choices=("spectral", "euclidean"), help="of dfw's steps (default: spectral)")
     add("--loss", choices=("svm", "ce"), help="default: svm for dfw, else ce")
-    add(
-        "--smooth",
-        action=argparse.BooleanOptionalAction,
-        help="smooth the svm loss (default: for dfw)",
-    )
-    add(
-        "--lr",
-        type=_real(0, math.inf),
-        help="default: 0.1; xnor with dfw 0.3; adam 0.005, float 0.001",
-    )
-    add("--momentum", type=_real(0, 1, True), help="default: 0.9; adam's first beta")
-    add(
-        "--weight-decay",
-        type=_real(0, math.inf, True),
-        help="of float weights (default: 1e-4 in the float net with dfw or sgd, else 0); "
-        "with parq of all (2e-4)",
-    )
-    add("--radius", type=_real(0, math.inf), help="of dfw's box (default: 1)")
-    add("--step-size", choices=("exact", "closed_form"), help="of dfw in its box (default: exact)")
-    add("--epochs", type=whole(1), help="default: 20")
-    add(
-        "--float-epochs",
-        type=whole(0),
-        metavar="N",
-        help="train float weights for the first N of them, and quantize them then (default: 0)",
-    )
-    add(
-        "--relax",
-        type=_real(0, 1),
-        metavar="SHARE",
-        help="with dfw, go from float weights to quantized ones over this share of the run, such "
-        "as 0.75",
-    )
-    add("--batch-size", type=whole(1), help="default: 128; digits 32")
-    add(
-        "--schedule",
-        choices=("none", "cosine", "step", "parq"),
-        help="of the lr (default: cosine; parq has its own)",
-    )
-    add(
-        "--average",
-        type=_real(0, 1),
-        metavar="DECAY",
-        help="also judge a moving average of the latents, such as 0.995",
-    )
-    add("--seed", type=whole(0), help="default: 0")
+    add("--smooth", action=switch, help="the svm loss smoothed (default: for dfw)")
+    add("--lr", type=at_least_0, help="default: dfw's own; sgd, parq 0.1; adam, muon 0.005")
+    add("--momentum", type=number(float, least=0, below=1), help="default: dfw's own; 0.9")
+    add("--weight-decay", type=at_least_0, help="of float weights; with dfw and parq of all")
+    add("--radius", type=above_0, help="of dfw's box (default: its own)")
+    share = number(float, least=1e-9, below=1)
+    add("--relax", type=share, metavar="SHARE", help="of the run, in which dfw goes from float")
+    add("--epochs", type=count, help="default: 20")
+    add("--batch-size", type=count, help="default: 128; digits 32")
+    schedules = ("none", "cosine", "step", "parq")
+    add("--schedule", choices=schedules, help="of lr (default: dfw none, parq its own, cosine)")
+    add("--average", action=switch, help="judge the mean weights of the last tenth of all steps")
+    add("--seed", type=number(int, least=0), help="default: 0")
 
     add = out.add_argument_group("on what").add_argument
     add("--data", metavar="DIR", help="CIFAR-10's binary version (default: digits)")
     add("--download", action="store_true", help="fetch CIFAR-10 to --data (default: data) first")
-    add("--limit", type=whole(1), metavar="N", help="train on the first N images only")
-    add(
-        "--validate",
-        action="store_true",
-        help="judge on the last tenth of the training images, not trained on, for tuning",
-    )
+    add("--limit", type=count, metavar="N", help="train on the first N images only")
+    add("--validate", action="store_true", help="judge on the last tenth of the training images")
 
-    add = out.add_argument_group("how").add_argument
+    add = out.add_argument_group("how and where").add_argument
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--threads", type=whole(1), help="on the cpu (default: torch's)")
-    add("--amp", choices=("bf16", "off"), help="default: bf16 where the hardware has it")
+    add("--threads", type=count, help="on the cpu (default: torch's)")
+    add("--amp", choices=("bf16", "off"), help="default: bf16 on cuda")
     add("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
-
-    add = out.add_argument_group("jobs and results").add_argument
     add("--out", metavar="DIR", help="default: runs/NET-OPTIMIZER or runs/table")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--export", metavar="FILE", help="write the trained network as a packed file")
     add("--table", action="store_true", help="train the poster's five rows under one budget")
-    add("--bench", type=whole(1), metavar="STEPS", help="only measure the time of a step")
     return out
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     given = vars(parser().parse_args(arguments))
-    job = {name: given.pop(name, None) for name in _JOB}
-    for stream in (sys.stdout, sys.stderr):  # a terminal that has no γ shows a question mark
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    out = Path(job["out"] or _default_out(given, bool(job["table"])))
-    try:
-        _run_in_team(given, job, out)
-    except ModuleNotFoundError as error:
-        return missing(error)
-    except UserError as error:
-        return fail(str(error))
-    except OSError as error:  # what no part of the example has more to say about
-        return fail(f"{error}; check that path")
-    except KeyboardInterrupt:
-        print(_after_interrupt(job, out), file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    job = {name: given.pop(name, None) for name in JOB}
+    name = f"{given.get('net', 'xnor')}-{given.get('optimizer', 'dfw')}"
+    out = Path(job["out"] or f"runs/{'table' if job['table'] else name}")
+    more = ["--table"] * bool(job["table"]) + ["--export", job["export"]] * bool(job["export"])
+    return run(partial(start, given, job, out), partial(how_to_resume, out, *more))
 
 
-def _run_in_team(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
-    from resnet20 import distributed
+def start(given: dict[str, Any], job: dict[str, Any], out: Path) -> None:
+    """Do the job, alone or as one of several processes."""
+    from resnet20 import data, settings, table, training
 
-    with distributed.team() as team:
-        _run(given, job, out, team)
-
-
-def _run(given: dict[str, Any], job: dict[str, Any], out: Path, team: "Team") -> None:
-    from resnet20 import checkpoint, export, table
-    from resnet20.bench import bench
-    from resnet20.settings import Settings, option
-    from resnet20.training import train
-
-    resume = bool(job["resume"])
-    for name in ("table", "bench"):
-        if job["export"] and job[name]:
-            raise UserError(f"--export does not go with --{name}, which trains no single network")
-        if job[name] and team.size > 1:
-            raise UserError(f"--{name} is for one process; start it without torchrun")
-    for name in ("float_epochs", "relax"):
-        if job["bench"] and given.get(name):
-            raise UserError(f"{option(name)} does not go with --bench; leave it out")
-    if job["download"]:
-        given.setdefault("data", "data")
-    if team.leads:
-        if not job["bench"]:
-            _check_out(out, resume, bool(job["table"]))
-        if job["download"]:
-            _download(Path(given["data"]))
-    team.meet()
-    if "data" in given:  # a run may be resumed from another directory
-        given["data"] = str(Path(given["data"]).resolve())
-    if job["bench"]:
-        net = {} if given.get("optimizer") == "parq" else {"net": "float"}
-        settings = Settings.choose(net | given)
-        print(bench(settings, _load(settings), job["bench"]))
-    elif job["table"]:
-        table.run_table(given, _load, out, resume)
-    else:
-        finished = False
+    resume, file = bool(job["resume"]), job["export"]
+    if job["table"] and (file or training.RANKS > 1):
+        raise UserError("--table goes neither with --export nor with torchrun; leave them out")
+    with training.together():
+        if job["download"] or "data" in given:  # a run may be resumed from another folder
+            given["data"] = str(Path(given.get("data", "data")).resolve())
+        if job["download"] and LEADS:
+            data.download(Path(given["data"]))
+        if job["table"]:
+            return table.run_table(given, out, resume)
         if resume:
-            stored = checkpoint.load(out)
-            settings = Settings.of_checkpoint(stored["settings"]).moved(given)
-            finished = len(stored["history"]) == settings.epochs
+            chosen = resumed(settings.Settings, out, given, settings.PLACE)
         else:
-            settings = Settings.choose(given)
-        data = _load(settings, team.leads)
-        if job["export"] and team.leads:
-            export.check(Path(job["export"]), finished)
-        run = train(settings, data, out, resume, team)
-        if job["export"] and team.leads:
-            print(export.export(run, Path(job["export"])), flush=True)
-
-
-def _check_out(out: Path, resume: bool, is_table: bool) -> None:
-    """Nothing that a run has left behind is overwritten, and a table is not taken for a run."""
-    run, table = ((out / name).exists() for name in _SIGNS_OF_A_RUN)
-    if (run or table) and not resume:
-        raise UserError(f"{out} already holds a run; add --resume or choose another --out")
-    if table and not is_table:
-        raise UserError(f"{out} holds a table; add --table or choose another --out")
-    if run and is_table:
-        raise UserError(f"{out} holds one run, not a table; choose another --out")
-
-
-def _load(settings: "Settings", speaks: bool = True) -> "Data":
-    from resnet20.data import load
-
-    if settings.data is None and speaks:
-        print(
-            "No --data, so this trains on scikit-learn's handwritten digits, enlarged to 32x32; "
-            "for CIFAR-10 add: --download --data data",
-            flush=True,
-        )
-    directory = None if settings.data is None else Path(settings.data)
-    return load(directory, settings.limit, settings.validate)
-
-
-def _download(directory: Path) -> None:
-    from resnet20 import download
-    from resnet20.progress import DownloadBar
-
-    print(f"CIFAR-10 from {download.CIFAR10.url} to {directory}", flush=True)
-    bar = DownloadBar(download.CIFAR10.name)
-    try:
-        download.fetch(download.CIFAR10, directory, bar)
-    finally:
-        bar.close()
-
-
-def _default_out(given: dict[str, Any], is_table: bool) -> str:
-    name = f"{given.get('net', default_net(given))}-{given.get('optimizer', 'dfw')}"
-    if "arch" in given:
-        name = f"{given['arch']}-{name}"
-    return f"runs/{'table' if is_table else name}"
-
-
-def _after_interrupt(job: dict[str, Any], out: Path) -> str:
-    if job["bench"]:
-        return "Interrupted."
-    if not any((out / name).exists() for name in _SIGNS_OF_A_RUN):
-        return "Interrupted before the training; run the same command again."
-    command = [Path(sys.executable).name]
-    if has_partners():
-        processes = os.environ["LOCAL_WORLD_SIZE"]
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", processes]
-    command += [sys.argv[0], "--out", str(out), "--resume"]
-    command += ["--table"] * bool(job["table"])
-    command += ["--export", job["export"]] if job["export"] else []
-    return f"Interrupted. To go on: {shlex.join(command)}"
+            chosen = settings.Settings.choose(given)
+            check_new(out, "--out")
+            check_new(Path(file or ""), "--export")
+        training.meet()  # all have looked, and the images are there
+        run = training.train(chosen, training.load_data(chosen), out, resume)
+        if file and LEADS:
+            print(training.export(run, Path(file)), flush=True)
 
 
 if __name__ == "__main__":

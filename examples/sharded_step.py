@@ -1,46 +1,32 @@
-"""Measure what steps cost on sharded parameters (FSDP2): memory of each process, and messages.
+"""Take steps on sharded parameters (FSDP2), and compare them with those of one process.
 
     torchrun --nproc-per-node 2 sharded_step.py
-    torchrun --nproc-per-node 4 sharded_step.py --width 1024 --layers 8 --as-accelerator
 
-prints one row an optimizer. Bytes are those of the fullest process, times the number of processes,
-over the number of parameters: what stays the same if that number grows. The last table is what
-follows for large models.
+prints, for each optimizer, how far the weights are from those of one process that holds all of
+them, and what a step sends: how many messages, and the bytes that one process hands over.
 """
 
-import argparse
-import contextlib
-import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from resnet20.command_line import Parser, fail, whole
-from stepspeed.measure import peak_bytes
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from common import Parser, UserError, run
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW, param_groups
 
-CPU = torch.device("cpu")
-OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
-    "SGD, momentum": lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
-    "AdamW": lambda model: torch.optim.AdamW(model.parameters()),
-    "DFW": lambda model: DFW(model.parameters()),
-    "ProjectedDFW, binary": lambda model: ProjectedDFW(param_groups(model, skip=[])),
-    "TernaryDFW": lambda model: TernaryDFW(param_groups(model, skip=[])),
+WIDTH = 256
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "DFW": lambda model: DFW(param_groups(model)),
+    "ProjectedDFW": lambda model: ProjectedDFW(param_groups(model)),
+    "TernaryDFW": lambda model: TernaryDFW(param_groups(model)),
 }
-FRANK_WOLFE = (DFW, ProjectedDFW, TernaryDFW)
-LARGE, SMALL = 1e9, 1e-9
-"""A loss with which γ is 1, and one with which it has to be searched for."""
 
 
 class Messages(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,118 +47,47 @@ class Messages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def main() -> int:
-    """Run the command line; return the exit code."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=whole(1), default=1024, help="of a layer (default: 1024)")
-    parser.add_argument("--layers", type=whole(3), default=6, help="how many (default: 6)")
-    parser.add_argument(
-        "--as-accelerator",
-        action="store_true",
-        help="take the steps of a device on which Python does not wait for values",
-    )
-    options = parser.parse_args()
+def train(name: str, sharded: bool) -> tuple[list[Tensor], Messages]:
+    """Weights after three steps, and what the last of them has sent."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+    images = torch.randn(8, WIDTH)  # the same in all processes, as is then their mean gradient
+    if sharded:
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = OPTIMIZERS[name](model)
+    for _ in range(3):
+        loss = (model(images) - images).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        with Messages() as messages:
+            optimizer.step(loss=loss)
+    weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return weights, messages
+
+
+def compare() -> None:
+    """Print a row for each optimizer."""
     if "RANK" not in os.environ:
-        return fail("start this with torchrun: torchrun --nproc-per-node 2 sharded_step.py")
+        raise UserError("start this with torchrun: torchrun --nproc-per-node 2 sharded_step.py")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    try:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        rows = [_row(name, mesh, options) for name in OPTIMIZERS]
+    for name in OPTIMIZERS:
+        (weights, messages), (expected, _) = (train(name, sharded) for sharded in (True, False))
+        pairs = zip(weights, expected, strict=True)
+        furthest = max(float((a - b).abs().max().detach()) for a, b in pairs)
         if dist.get_rank() == 0:
-            _report(rows, options)
-        dist.barrier()  # nobody hangs up on those who still talk
-    finally:
-        gc.collect()  # what still refers to the group would end it too late, and then in a crash
-        dist.destroy_process_group()
-    return 0
+            sent = f"{messages.count} messages of {messages.bytes:,} bytes a step"
+            print(f"{name:12}  largest difference {furthest:.1e}  {sent}", flush=True)
+    dist.barrier()  # none leaves while another still talks
+    dist.destroy_process_group()
 
 
-def _row(name: str, mesh: DeviceMesh, options: argparse.Namespace) -> dict[str, Any]:
-    """What the optimizer called ``name`` costs, the same on all processes."""
-    torch.manual_seed(0)
-    width = options.width
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(options.layers)))
-    for layer in model:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer = OPTIMIZERS[name](model)
-    model(torch.randn(4, width)).square().mean().backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-
-    with _unreadable() if options.as_accelerator else contextlib.nullcontext():
-        _step(optimizer, LARGE)  # makes what state there is to be
-        with Messages() as full:
-            _step(optimizer, LARGE)
-        if isinstance(optimizer, FRANK_WOLFE):
-            assert optimizer.gamma == 1
-        peak = peak_bytes(lambda: _step(optimizer, LARGE), CPU)
-        with Messages() as searching:
-            _step(optimizer, SMALL)
-        if isinstance(optimizer, FRANK_WOLFE):
-            assert 0 < optimizer.gamma < 1
-    state = [t for p in model.parameters() for t in optimizer.state[p].values()]
-    held = torch.tensor(
-        [_bytes(model.parameters()), _bytes(gradients), _bytes(state), peak], dtype=torch.float64
-    )
-    dist.all_reduce(held, dist.ReduceOp.MAX)
-    elements = sum(p.numel() for p in model.parameters())
-    return {
-        "name": name,
-        "per_parameter": (held * mesh.size() / elements).tolist(),
-        "full": full,
-        "searching": searching,
-    }
-
-
-def _step(optimizer: Optimizer, loss: float) -> None:
-    if isinstance(optimizer, FRANK_WOLFE):
-        optimizer.step(loss=loss)
-    else:
-        optimizer.step()
-
-
-def _bytes(tensors: Any) -> int:
-    """Of this process's parts."""
-    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum(t.numel() * t.element_size() for t in parts)
-
-
-@contextlib.contextmanager
-def _unreadable() -> Iterator[None]:
-    """The steps that an accelerator gets, on the CPU."""
-    with (
-        patch("dfw_opt.optimizer.readable", lambda _: False),
-        patch("dfw_opt.step_size.readable", lambda _: False),
-    ):
-        yield
-
-
-def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    processes = dist.get_world_size()
-    print(
-        f"{options.layers} layers of {options.width} x {options.width}, float32, on {processes} "
-        f"processes{', as on an accelerator' * options.as_accelerator}\n"
-    )
-    print("| bytes a parameter | parameters | gradients | state | step, at its peak | sum |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        parts = row["per_parameter"]
-        print(f"| {row['name']} | {' | '.join(f'{x:.2f}' for x in [*parts, sum(parts)])} |")
-    print("\n| messages of a step (bytes) | γ = 1 | γ searched for |")
-    print("|---|---|---|")
-    for row in rows:
-        full, searching = row["full"], row["searching"]
-        print(
-            f"| {row['name']} | {full.count} ({full.bytes}) | "
-            f"{searching.count} ({searching.bytes}) |"
-        )
-    print("\n| GB a device | 1B on 8 | 10B on 64 | 100B on 512 |")
-    print("|---|---|---|---|")
-    for row in rows:
-        sizes = ((1e9, 8), (1e10, 64), (1e11, 512))
-        cells = [f"{sum(row['per_parameter']) * n / d / 1e9:.2f}" for n, d in sizes]
-        print(f"| {row['name']} | {' | '.join(cells)} |")
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    Parser(__doc__).parse_args(arguments)
+    return run(compare, str)
 
 
 if __name__ == "__main__":

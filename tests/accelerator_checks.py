@@ -1,7 +1,7 @@
-"""A step on an accelerator that does not exist; run by test_dataflow.py in a process of its own.
+"""A step on an accelerator that is not there; test_operations.py runs this in a process of its own.
 
-torch lets Python register a device type. With fake tensors, which have a device and a shape but
-no values, a step on it fails as soon as it asks for a value or mixes devices.
+Torch lets Python register a type of device, and keeps it until the process ends. A fake tensor on it
+has a shape and no values, so that a step fails as soon as it asks for one or mixes devices.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KINDS, Kind
+from helpers import KINDS, SHAPES, Kind
+from test_operations import watched
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensorDeviceMismatchError,
@@ -19,38 +21,29 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn import Parameter
 from torch.utils import backend_registration
-from watch import Watch
 
-import dfw_opt.optimizer
-import dfw_opt.state
-import dfw_opt.step_size
+from dfw_opt import DFW, ProjectedDFW, TernaryDFW, checkpoint, param_groups, validate
 
 register: Any = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
 if register is None:
     pytest.skip("this torch cannot register a device from Python", allow_module_level=True)
 register("fake")
 
-SHAPES = ((4, 6), (5,))
-ALL_KINDS = pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind.name != "binary_closed_form"], ids=str
-)
-BOTH_PATHS = pytest.mark.parametrize("foreach", [False, True])
+ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
+NORMS = pytest.mark.parametrize("norm", ["spectral", "euclidean"])
 
 
 @pytest.fixture(autouse=True)
 def _fake_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Construction may look at values, so the check of the weights is left out."""
-    monkeypatch.setattr(dfw_opt.optimizer, "check_parameters", lambda group: None)
+    monkeypatch.setattr(validate, "_check_parameter", lambda *_: None)
     with FakeTensorMode():
         yield
 
 
 def fake_params(*devices: str, dtype: torch.dtype = torch.float32) -> list[Parameter]:
-    return [
-        Parameter(torch.empty(shape, device=device, dtype=dtype))
-        for device in devices
-        for shape in SHAPES
-    ]
+    shapes = [(device, shape) for device in devices for shape in SHAPES]
+    return [Parameter(torch.empty(shape, device=d, dtype=dtype)) for d, shape in shapes]
 
 
 def give_gradients(params: list[Parameter]) -> None:
@@ -58,111 +51,151 @@ def give_gradients(params: list[Parameter]) -> None:
         p.grad = torch.ones_like(p)
 
 
-def test_the_world_is_strict() -> None:
-    value = torch.ones(3, device="fake:0")
-    with pytest.raises(DataDependentOutputException):
-        value.sum().item()
-    with pytest.raises(FakeTensorDeviceMismatchError):
-        value + torch.ones(3, device="fake:1")
-    watch = Watch()
-    with watch:
-        value.cpu()
-    assert watch.copies == ["_to_copy"]
+def assert_beside(optimizer: Any, params: list[Parameter]) -> None:
+    for p in params:
+        assert {value.device for value in optimizer.state[p].values()} <= {p.device}
 
 
-@ALL_KINDS
-@BOTH_PATHS
-@pytest.mark.parametrize(
-    ("dtype", "loss_as"), [(torch.float32, "tensor"), (torch.bfloat16, "number")]
-)
-def test_no_look_and_no_copy(kind: Kind, foreach: bool, dtype: torch.dtype, loss_as: str) -> None:
-    """A whole step, momentum and weight decay included, stays on the device."""
-    params = fake_params("fake:0", dtype=dtype)
-    optimizer = kind.make(params, foreach=foreach, weight_decay=0.1)
-    loss = torch.ones((), device="fake:0") if loss_as == "tensor" else 1.0
-    for _ in range(2):
+class TestDevices:
+    def test_the_world_is_strict(self) -> None:
+        value = torch.ones(3, device="fake:0")
+        with pytest.raises(DataDependentOutputException):
+            value.sum().item()
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            value + torch.ones(3, device="fake:1")
+        assert watched(value.cpu).copies == ["_to_copy"]
+
+    @ALL_KINDS
+    @pytest.mark.parametrize("relaxation", [0.0, 0.5])
+    @pytest.mark.parametrize(
+        ("dtype", "loss_as", "lr"),
+        [(torch.float32, "tensor", 0.1), (torch.bfloat16, "number", "tensor")],
+    )
+    def test_no_look_and_no_copy(
+        self, kind: Kind, relaxation: float, dtype: torch.dtype, loss_as: str, lr: Any
+    ) -> None:
+        """A whole step, momentum, weight decay and a tensor lr included, stays on the device."""
+        params = fake_params("fake:0", dtype=dtype)
+        settings: dict[str, Any] = {"relaxation": relaxation} if kind.quantized else {}
+        lr = torch.full((), 0.1, device="fake:0") if lr == "tensor" else lr
+        optimizer = kind.make(params, weight_decay=0.1, lr=lr, **settings)
+        loss = torch.ones((), device="fake:0") if loss_as == "tensor" else 1.0
         give_gradients(params)
-        watch = Watch()
-        with watch:
-            optimizer.step(loss=loss)
-        assert watch.copies == []
-    for p in params:
-        for value in optimizer.state[p].values():
-            assert value.device == p.device
-    assert optimizer.gamma.device == params[0].device
-    assert optimizer.skipped_steps.device == params[0].device
-
-
-@ALL_KINDS
-def test_several_devices(kind: Kind) -> None:
-    """One γ for parameters on two accelerators and the CPU."""
-    params = fake_params("fake:0", "fake:1", "cpu")
-    optimizer = kind.make(params, weight_decay=0.1)
-    give_gradients(params)
-    for loss in (torch.ones((), device="fake:1"), 1.0):
         optimizer.step(loss=loss)
-    for p in params:
-        for value in optimizer.state[p].values():
-            assert value.device == p.device
+        watch = watched(lambda: optimizer.step(loss=loss))
+        assert (watch.looks, watch.copies) == ([], [])
+        assert_beside(optimizer, params)
+        assert optimizer.gamma.device == optimizer.skipped_steps.device == params[0].device
+
+    @ALL_KINDS
+    def test_several_devices(self, kind: Kind) -> None:
+        """One γ for parameters on two of them, and a loss on either or on the CPU."""
+        params = fake_params("fake:0", "fake:1")
+        optimizer = kind.make(params, weight_decay=0.1)
+        give_gradients(params)
+        for device in ("fake:0", "fake:1", "cpu"):
+            loss = torch.ones((), device=device)
+            assert watched(lambda loss=loss: optimizer.step(loss=loss)).looks == []
+        assert_beside(optimizer, params)
+
+    @ALL_KINDS
+    def test_state_follows_a_moved_model(self, kind: Kind) -> None:
+        """Left on another device, as after model.to(device), which should come first."""
+        params = fake_params("fake:0")
+        optimizer = kind.make(params)
+        give_gradients(params)
+        optimizer.step(loss=1.0)
+        for state in optimizer.state.values():
+            state.update({key: value.to("fake:1") for key, value in state.items()})
+        for name in ("_gamma", "_height", "_skipped"):
+            setattr(optimizer, name, getattr(optimizer, name).to("fake:1"))
+        optimizer.step(loss=torch.ones((), device="fake:0"))
+        assert_beside(optimizer, params)
+        assert optimizer.gamma.device == optimizer.skipped_steps.device == params[0].device
+
+    @ALL_KINDS
+    def test_loaded_state_comes_to_the_parameters(
+        self, kind: Kind, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A checkpoint of another device, as of torch.load without map_location; it stays there."""
+        monkeypatch.setattr(checkpoint.sharding, "all_finite", lambda *_: True)
+        params, others = fake_params("fake:0"), fake_params("fake:1")
+        optimizer, other = kind.make(params), kind.make(others)
+        saved = optimizer.state_dict()
+        other.load_state_dict(saved)
+        assert_beside(other, others)
+        assert all(
+            other.state[q].keys() == optimizer.state[p].keys()
+            for p, q in zip(params, others, strict=True)
+        )
+        give_gradients(others)
+        other.step(loss=1.0)
+        for state in saved["state"].values():
+            assert {value.device for k, value in state.items() if k != "plane_height"} <= {
+                params[0].device
+            }
 
 
-@ALL_KINDS
-def test_loss_on_the_cpu(kind: Kind) -> None:
-    """A loss that has already been fetched."""
-    params = fake_params("fake:0")
-    optimizer = kind.make(params)
-    give_gradients(params)
-    optimizer.step(loss=torch.ones(()))
-    assert optimizer.gamma.device == params[0].device
+def fake_net(layers: int = 20) -> nn.Sequential:
+    """Convolutions with BatchNorm, all of one shape."""
+    net = nn.Sequential()
+    for _ in range(layers):
+        net.append(nn.Conv2d(8, 8, 3, bias=False, device="fake:0"))
+        net.append(nn.BatchNorm2d(8, device="fake:0"))
+    return net
 
 
-@ALL_KINDS
-def test_state_follows_a_moved_model(kind: Kind) -> None:
-    """As after model.to(device), which should come before the optimizer and often does not."""
-    params = fake_params("fake:0")
-    optimizer = kind.make(params)
-    give_gradients(params)
-    optimizer.step(loss=1.0)
-    for p in params:
-        for name, value in optimizer.state[p].items():
-            optimizer.state[p][name] = value.to("fake:1")
-    optimizer.skipped_steps = optimizer.skipped_steps.to("fake:1")
-    optimizer.step(loss=torch.ones((), device="fake:0"))
-    for p in params:
-        for value in optimizer.state[p].values():
-            assert value.device == p.device
-    assert optimizer.gamma.device == optimizer.skipped_steps.device == params[0].device
+def operations(optimizer: Any) -> int:
+    give_gradients([p for group in optimizer.param_groups for p in group["params"]])
+    loss = torch.ones((), device="fake:0")
+    optimizer.step(loss=loss)  # the first one may make state
+    return len(watched(lambda: optimizer.step(loss=loss)).operations)
 
 
-@pytest.fixture
-def _loading_may_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And so may a step on the CPU, which has no values here either."""
-    monkeypatch.setattr(dfw_opt.state, "check_checkpoint", lambda *arguments: None)
-    for module in (dfw_opt.optimizer, dfw_opt.step_size):
-        monkeypatch.setattr(module, "readable", lambda tensor: False)
+EXACT, CLOSED = {"step_size": "exact"}, {"step_size": "closed_form"}
+CEILINGS: list[tuple[Any, str, dict[str, Any], int]] = [
+    (DFW, "euclidean", {}, 60),
+    (ProjectedDFW, "euclidean", EXACT, 500),
+    (ProjectedDFW, "euclidean", CLOSED, 250),
+    (TernaryDFW, "euclidean", EXACT, 900),
+    (DFW, "spectral", {}, 250),
+    (ProjectedDFW, "spectral", {}, 500),
+    (TernaryDFW, "spectral", {}, 800),
+]
 
 
-@ALL_KINDS
-@pytest.mark.usefixtures("_loading_may_look")
-@pytest.mark.parametrize(
-    ("source", "target"), [("cpu", "fake:0"), ("fake:0", "cpu"), ("fake:0", "fake:1")]
-)
-def test_loaded_state_comes_to_the_parameters(kind: Kind, source: str, target: str) -> None:
-    """A checkpoint of another device, as of torch.load without map_location; it stays there."""
-    params = fake_params(source)
-    optimizer = kind.make(params)
-    give_gradients(params)
-    optimizer.step(loss=1.0)
-    saved = optimizer.state_dict()
-    others = fake_params(target)
-    other = kind.make(others)
-    other.load_state_dict(saved)
-    for p, q in zip(params, others, strict=True):
-        assert other.state[q].keys() == optimizer.state[p].keys() != set()
-        for value in other.state[q].values():
-            assert value.device == q.device
-    give_gradients(others)
-    other.step(loss=torch.ones((), device=target))
-    for state in saved["state"].values():
-        for value in state.values():
-            assert value.device == params[0].device
+class TestOperations:
+    @pytest.mark.parametrize(("optimizer_class", "norm", "settings", "ceiling"), CEILINGS)
+    def test_ceiling(
+        self, optimizer_class: Any, norm: str, settings: dict[str, Any], ceiling: int
+    ) -> None:
+        """20 convolutions and 20 BatchNorms. SGD's foreach has a dozen, views of lists included."""
+        groups = param_groups(fake_net(), skip=[])
+        number = operations(optimizer_class(groups, norm=norm, **settings))
+        assert 10 < number <= ceiling
+
+    @pytest.mark.parametrize(("optimizer_class", "norm", "settings", "ceiling"), CEILINGS)
+    def test_tensors_alike_cost_next_to_nothing(
+        self, optimizer_class: Any, norm: str, settings: dict[str, Any], ceiling: int
+    ) -> None:
+        """Twice as many: only what takes batches apart, and views, grows; by few a tensor."""
+        few, many = (
+            operations(optimizer_class(param_groups(fake_net(n), skip=[]), norm=norm, **settings))
+            for n in (20, 40)
+        )
+        assert many - few <= 20 * 20
+
+    @NORMS
+    @pytest.mark.parametrize("optimizer_class", [DFW, ProjectedDFW, TernaryDFW])
+    def test_linear_in_groups(self, optimizer_class: Any, norm: str) -> None:
+        """One tensor a group: the second twenty cost what the first did, as for one setting."""
+        counts = []
+        for number in (20, 40, 60):
+            weights = [Parameter(torch.empty(4, 6, device="fake:0")) for _ in range(number)]
+            groups = [{"params": [w], "lr": 0.1 + i / 1000} for i, w in enumerate(weights)]
+            counts.append(operations(optimizer_class(groups, norm=norm)))
+        assert counts[2] - counts[1] == counts[1] - counts[0]
+        alike = [Parameter(torch.empty(4, 6, device="fake:0")) for _ in range(60)]
+        assert operations(
+            optimizer_class([{"params": [w]} for w in alike], norm=norm)
+        ) == operations(optimizer_class(alike, norm=norm))

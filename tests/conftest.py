@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-from dfw_opt import fused, native
 
 if TYPE_CHECKING:
     from resnet20.data import Data
@@ -35,24 +32,3 @@ def digits() -> Data:
     everything = data.load(None, limit=48)
     few = everything.held_out.part(0, 40)
     return data.Data(everything.name, everything.train, few, "test", False)
-
-
-@pytest.fixture(autouse=True)
-def kernels_take_part(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """A test of the path "fused" fails if torch did all of it, unless its dtype is not float32."""
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if params.get("path") != "fused" or params.get("dtype", torch.float32) != torch.float32:
-        yield
-        return
-    taken = []
-    start = fused.FusedVariables.__init__
-
-    def counted(self: fused.FusedVariables, *args: Any, **options: Any) -> None:
-        taken.append(self)
-        start(self, *args, **options)
-
-    monkeypatch.setattr(fused.FusedVariables, "__init__", counted)
-    yield
-    assert taken or native.library() is None, "no kernel ran: is a parameter not float32?"

@@ -14,21 +14,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW
-from dfw_opt.quantizers import binary, ternary, uniform
-
-PATHS: dict[str, dict[str, Any]] = {
-    "single": {"foreach": False},
-    "multi": {"foreach": True},
-    "fused": {"fused": True},
-}
-"""The three implementations of a step, by the settings that ask for them."""
-
-WIDEST = {"single": torch.float64, "multi": torch.float64, "fused": torch.float32}
-"""The widest dtype of each; the kernels leave another to torch, and so would not be tested."""
-TORCH_PATHS = [path for path in PATHS if path != "fused"]
-"""Those that do every dtype and quantizer."""
+from dfw_opt.quantizers import quantizer_of
 
 FLOAT_GROUP: dict[str, Any] = {"quantizer": None, "radius": None}
+
+NORMS = ("spectral", "euclidean")
 
 
 @dataclass(frozen=True)
@@ -43,6 +33,10 @@ class Kind:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def norm(self) -> str:
+        return str(self.settings["norm"])
+
     def groups(self, params: Iterable[Tensor]) -> list[dict[str, Any]]:
         params = list(params)
         if not self.quantized:
@@ -56,18 +50,30 @@ class Kind:
         return self.optimizer(self.groups(params), **{**self.settings, **overrides})
 
 
-KINDS = [
-    Kind("dfw", DFW),
-    Kind("box", ProjectedDFW, {"quantizer": None, "radius": 0.5}),
-    Kind("binary", ProjectedDFW, quantized=True),
-    Kind("binary_closed_form", ProjectedDFW, {"step_size": "closed_form"}, quantized=True),
-    Kind("ternary", TernaryDFW, quantized=True),
-    Kind("ternary_closed_form", TernaryDFW, {"step_size": "closed_form"}, quantized=True),
-]
-UNIFORM = Kind("uniform", ProjectedDFW, {"quantizer": "uniform", "bits": 3}, quantized=True)
-"""Apart from the others, whose tests count on two or three levels."""
+def _kinds(norm: str) -> list[Kind]:
+    """All networks in one norm."""
+    closed = {"step_size": "closed_form"}
+    kinds: list[tuple[str, Any, dict[str, Any], bool]] = [
+        ("dfw", DFW, {}, False),
+        ("box", ProjectedDFW, {"quantizer": None, "radius": 0.5}, False),
+        ("binary", ProjectedDFW, {}, True),
+        ("uniform", ProjectedDFW, {"quantizer": "uniform", "bits": 3}, True),
+        ("ternary", TernaryDFW, {}, True),
+    ]
+    if norm == "euclidean":  # the spectral norm has no search
+        kinds += [
+            ("binary_closed_form", ProjectedDFW, closed, True),
+            ("ternary_closed_form", TernaryDFW, closed, True),
+        ]
+    return [
+        Kind(f"{name}-{norm}", optimizer, {"norm": norm, **settings}, quantized)
+        for name, optimizer, settings, quantized in kinds
+    ]
+
+
+KINDS = [kind for norm in NORMS for kind in _kinds(norm)]
 QUANTIZED_KINDS = [kind for kind in KINDS if kind.quantized]
-MAIN_KINDS = [kind for kind in KINDS if kind.name in ("dfw", "binary", "ternary")]
+MAIN_KINDS = [kind for kind in KINDS if kind.name.split("-")[0] in ("dfw", "binary", "ternary")]
 
 SHAPES: tuple[tuple[int, ...], ...] = ((4, 6), (3, 2, 3, 3), (5,))
 
@@ -126,8 +132,9 @@ def fingerprint(value: Any) -> Any:
 
 
 def everything(optimizer: Optimizer) -> Any:
-    """Parameters, state and groups, as a fingerprint to compare before and after."""
+    """Parameters, state, groups and the plane's height, as a fingerprint of before and after."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    heights = [s.get("plane_height") for s in optimizer.state_dict()["state"].values()]
     return (
         fingerprint([p.detach() for p in params]),
         fingerprint([dict(optimizer.state[p]) if p in optimizer.state else {} for p in params]),
@@ -135,37 +142,26 @@ def everything(optimizer: Optimizer) -> Any:
             {key: fingerprint(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ],
+        fingerprint(heights),
     )
 
 
 def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
     """What the parameter must hold, from the optimizer's state alone."""
-    return relaxed(optimizer.state[p], group).to(p.dtype)
-
-
-def relaxed(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-    """In the dtype of the state."""
-    theta, weight = group["relaxation"], quantized(state, group)
-    if theta > 0:
-        weight = (1 - theta) * weight + theta * state["unit"] * state["latent"]
-    return weight
-
-
-def quantized(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-    if group["quantizer"] == "binary":
-        return binary.quantize(state["latent"], state["unit"], state["scale"])
-    if group["quantizer"] == "uniform":
-        return uniform.quantize(state["latent"], state["unit"], state["largest"], group["bits"])
-    keys = ("latent", "unit", "scale_pos", "scale_neg", "delta")
-    return ternary.quantize(*(state[key] for key in keys))
+    quantizer, state = quantizer_of(group), optimizer.state[p]
+    assert quantizer is not None
+    ones = (1,) * p.dim()
+    batch = {key: state[key].view(1, *ones) for key in ("unit", *quantizer.scales)}
+    return quantizer.quantize({"latent": state["latent"].unsqueeze(0), **batch})[0].to(p.dtype)
 
 
 def assert_consistent(optimizer: Optimizer) -> None:
-    """Latents in the box, scales positive, parameters exactly the quantized latents, all finite."""
+    """Latents in the box, scales at least 0.001, parameters exactly Q(u), all finite."""
     for group in optimizer.param_groups:
         for p in group["params"]:
+            state = optimizer.state.get(p, {})
             assert torch.isfinite(p).all()
-            for value in optimizer.state[p].values():
+            for value in state.values():
                 assert torch.isfinite(value).all()
             radius = group.get("radius")
             if group.get("quantizer") is None:
@@ -174,10 +170,10 @@ def assert_consistent(optimizer: Optimizer) -> None:
                     assert (p.detach().abs() <= torch.tensor(radius, dtype=p.dtype)).all()
                 continue
             if radius is not None:
-                assert (optimizer.state[p]["latent"].abs() <= radius).all()
-            for name in ("scale_pos", "scale_neg"):
-                if group["quantizer"] == "ternary":
-                    assert optimizer.state[p][name] > 0
+                assert (state["latent"].abs() <= radius).all()
+            if group["quantizer"] == "ternary":
+                for name in ("scale_pos", "scale_neg"):
+                    assert state[name] >= torch.tensor(1e-3, dtype=state[name].dtype)
             assert same_bits(p, forward_weights(optimizer, group, p))
 
 

@@ -5,15 +5,16 @@ Nothing is shared with the package. The search for γ works on any exact number 
 step-size tests run it on fractions, where sorting the breakpoints gives γ without rounding.
 
 Notation: η = lr, λ = weight decay, ε = eps, μ = momentum, ℓ = loss. A step moves variables v: float
-parameters, normalised latent weights u, ternary scales W_p and W_n. Each is measured in a metric M,
-the squared change that a unit step makes in the forward weights; d = M⁻¹δ is its gradient δ in that
-metric.
+parameters, normalised latent weights u, ternary scales W_p and W_n. In the Euclidean norm each is
+measured in a metric M, the squared change that a unit step makes in the forward weights; d = M⁻¹δ is
+its gradient δ in that metric. In the spectral norm m is the running mean of its gradients, D the
+direction of its step, ρ the size of that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -130,6 +131,7 @@ def dual(loss: Number, elements: Sequence[Element], gamma: Number) -> Number:
 class Settings:
     """The hyper-parameters of one group."""
 
+    norm: str = "spectral"
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -137,36 +139,51 @@ class Settings:
     quantizer: str | None = None
     radius: float | None = None
     threshold: float = 0.05
-    bits: int = 4
+    bits: int | None = None
     step_size: str = "exact"
     relaxation: float = 0.0
+    layout: str = "matrix"
+    scale_axis: int | tuple[int, ...] = 0
+    scale_groups: int = 1
+
+    @property
+    def bound(self) -> float:
+        return math.inf if self.radius is None else self.radius
 
 
 @dataclass
 class Variable:
-    """Something that a step moves, with its bounds and its momentum z."""
+    """Something that a step moves: bounds, momentum z, mean gradient m, and size ρ of its steps."""
 
     value: Array
+    size: float
     lower: float = -math.inf
     upper: float = math.inf
     decays: bool = True
     momentum: Array = field(init=False)
+    mean: Array = field(init=False)
 
     def __post_init__(self) -> None:
         self.momentum = np.zeros_like(self.value)
+        self.mean = np.zeros_like(self.value)
 
 
 @dataclass
 class Move:
-    """A variable, its gradient d and metric M in this step."""
+    """A variable, its gradient δ and metric M in this step."""
 
     variable: Variable
-    gradient: Array
+    delta: Array
     metric: float
     settings: Settings
 
+    @property
     def weight_decay(self) -> float:
         return self.settings.weight_decay if self.variable.decays else 0.0
+
+    @property
+    def d(self) -> Array:
+        return self.delta / self.metric
 
     def elements(self) -> list[Element]:
         """What the search sees: a closed-form group enters it as if it had no bounds."""
@@ -176,32 +193,94 @@ class Move:
                 value=float(value),
                 gradient=float(gradient),
                 lr=self.settings.lr,
-                weight_decay=self.weight_decay(),
+                weight_decay=self.weight_decay,
                 metric=self.metric,
                 lower=self.variable.lower if bounded else -math.inf,
                 upper=self.variable.upper if bounded else math.inf,
             )
-            for value, gradient in zip(self.variable.value.flat, self.gradient.flat, strict=True)
+            for value, gradient in zip(self.variable.value.flat, self.d.flat, strict=True)
         ]
 
     def apply(self, gamma: float) -> None:
-        """Move: z ← μz − ηγ(d + λv);  v ← Π(v − η(λv + γd) + μz)."""
-        lr, mu, decay = self.settings.lr, self.settings.momentum, self.weight_decay()
-        v, d, z = self.variable.value, self.gradient, self.variable.momentum
+        """z ← μz − ηγ(d + λv);  v ← Π(v − η(λv + γd) + μz)."""
+        lr, mu, decay = self.settings.lr, self.settings.momentum, self.weight_decay
+        v, d, z = self.variable.value, self.d, self.variable.momentum
         z = mu * z - lr * gamma * (d + decay * v)
-        v = v - lr * (decay * v + gamma * d) + mu * z
         self.variable.momentum = z
-        self.variable.value = np.minimum(np.maximum(v, self.variable.lower), self.variable.upper)
+        self.place(v - lr * (decay * v + gamma * d) + mu * z)
+
+    def average(self, first: bool) -> Array:
+        """m ← μm + (1 − μ)δ, at first m = δ. Returns D = ρ · oracle(μm + (1 − μ)δ)."""
+        mu = self.settings.momentum
+        m = self.delta if first else mu * self.variable.mean + (1 - mu) * self.delta
+        self.variable.mean = m
+        ahead = mu * m + (1 - mu) * self.delta
+        return self.variable.size * steepest(ahead, self.settings.layout, self.delta)
+
+    def apply_spectral(self, gamma: float, direction: Array) -> None:
+        """v ← Π(v − η(λv + γD))."""
+        v = self.variable.value
+        self.place(v - self.settings.lr * (self.weight_decay * v + gamma * direction))
+
+    def place(self, value: Array) -> None:
+        self.variable.value = np.minimum(
+            np.maximum(value, self.variable.lower), self.variable.upper
+        )
+
+
+# The oracles --------------------------------------------------------------------------------------
+
+
+def rms(x: Array) -> float:
+    return math.sqrt(math.fsum(value * value for value in x.flat) / x.size)
+
+
+def normalised(x: Array) -> Array:
+    """Of root mean square 1; zeros stay."""
+    return x / rms(x) if x.any() else x
+
+
+def polar(matrix: Array) -> Array:
+    """Five times X ← aX + (bA + cA²)X with A = XXᵀ, from X = G/‖G‖."""
+    if not matrix.any():
+        return matrix
+    x = matrix / math.sqrt(math.fsum(value * value for value in matrix.flat))
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def steepest(g: Array, layout: str, present: Array) -> Array:
+    """√max(rows, columns) · polar of a matrix; vectors, rows and numbers over their rms."""
+    if g.ndim < 2:
+        return normalised(g)
+    if layout == "rows":
+        rows = [normalised(row) if p.any() else 0 * row for row, p in zip(g, present, strict=True)]
+        return np.stack(rows)
+    if layout == "stack" and g.ndim > 2:
+        return np.stack([steepest(part, layout, part) for part in g])
+    matrix = g.reshape(g.shape[0], -1)
+    return (math.sqrt(max(matrix.shape)) * polar(matrix)).reshape(g.shape)
+
+
+def size_of(weights: Array, latent: bool) -> float:
+    """ρ: rms of a matrix, at least a tenth of the usual; 0.1 max(1, rms) of a vector."""
+    if weights.ndim < 2:
+        return 0.1 * max(1.0, rms(weights))
+    return max(rms(weights), 0.1 if latent else 0.1 / math.sqrt(weights[0].size))
+
+
+# Parameters ---------------------------------------------------------------------------------------
 
 
 class FloatParameter:
     """A parameter that moves itself: M = 1, in a box if it has a radius."""
 
     def __init__(self, weights: Array, settings: Settings) -> None:
-        radius = math.inf if settings.radius is None else settings.radius
-        self.settings = settings
-        weights = np.clip(np.array(weights, dtype=np.float64), -radius, radius)
-        self.weights = Variable(weights, -radius, radius)
+        self.settings, bound = settings, settings.bound
+        start = np.clip(np.array(weights, dtype=np.float64), -bound, bound)
+        self.weights = Variable(start, size_of(start, latent=False), -bound, bound)
 
     def forward(self) -> Array:
         return self.weights.value
@@ -209,14 +288,86 @@ class FloatParameter:
     def moves(self, gradient: Array) -> list[Move]:
         return [Move(self.weights, np.asarray(gradient, dtype=np.float64), 1.0, self.settings)]
 
+    def finish(self) -> None:
+        """Nothing to do: no unit."""
 
-def normalise(weights: Array, settings: Settings) -> tuple[float, Variable]:
-    """Latents u = w / c with c = max|w|, in [−R, R]."""
-    radius = math.inf if settings.radius is None else settings.radius
-    weights = np.array(weights, dtype=np.float64)
-    unit = float(np.abs(weights).max())
-    unit = unit if unit > 0 else 1.0
-    return unit, Variable(np.clip(weights / unit, -radius, radius), -radius, radius)
+
+class LatentParameter:
+    """w = c·u, c = max|w| (at least 1/√n where the box bounds the levels), u in [−R, R]."""
+
+    leveled = True
+
+    def __init__(self, weights: Array, settings: Settings) -> None:
+        self.settings = settings
+        weights = np.array(weights, dtype=np.float64)
+        self.channels = channels_of(weights.shape, settings)
+        self.n = len(self.channels[0])
+        self.unit, usual = float(np.abs(weights).max()), 1 / math.sqrt(self.n)
+        if self.leveled:
+            self.unit = max(self.unit, usual)
+        elif self.unit < 1e-15:
+            self.unit = usual
+        bound = settings.bound
+        u = np.clip(weights / self.unit, -bound, bound)
+        self.latent = Variable(u, size_of(u, latent=True), -bound, bound)
+        self.start_scales()
+        self.finish()
+
+    def start_scales(self) -> None:
+        """None to start, but for ternary weights."""
+
+    def finish(self) -> None:
+        """Where mean|u| > ¾R the unit is doubled; c·u, its momentum and its steps stay."""
+        latent = self.latent
+        if not self.leveled or np.abs(latent.value).mean() <= 0.75 * self.settings.bound:
+            return
+        self.unit *= 2
+        latent.value = latent.value / 2
+        latent.momentum = latent.momentum / 2
+        latent.size /= 2
+        latent.mean = latent.mean * 2
+
+    def of_channels(self, statistic: Callable[[list[float]], float]) -> Array:
+        """A number of each channel's |u|, at each of its weights."""
+        result = np.empty_like(self.latent.value)
+        for channel in self.channels:
+            number = statistic([abs(float(self.latent.value[index])) for index in channel])
+            for index in channel:
+                result[index] = number
+        return result
+
+    def forward(self) -> Array:
+        theta, c = self.settings.relaxation, self.unit
+        return (1 - theta) * self.hard() + theta * c * self.latent.value
+
+    def moves(self, gradient: Array) -> list[Move]:
+        """δ_θ = (1 − θ)δ + θcg,  M_θ = ((1 − θ)√M + θc)²;  a scale has (1 − θ) times its δ."""
+        theta, c = self.settings.relaxation, self.unit
+        hard, *scales = self.hard_moves(gradient)
+        delta = (1 - theta) * hard.delta + theta * c * gradient
+        metric = ((1 - theta) * math.sqrt(hard.metric) + theta * c) ** 2
+        return [
+            Move(self.latent, delta, metric, self.settings),
+            *(Move(s.variable, (1 - theta) * s.delta, s.metric, s.settings) for s in scales),
+        ]
+
+    def hard(self) -> Array:
+        raise NotImplementedError
+
+    def hard_moves(self, gradient: Array) -> list[Move]:
+        raise NotImplementedError
+
+
+def channels_of(shape: tuple[int, ...], settings: Settings) -> list[list[tuple[int, ...]]]:
+    """The indices of each output channel: alike in the group and along the scale's axes."""
+    axis = settings.scale_axis
+    axes = (axis,) if isinstance(axis, int) else axis
+    inputs = shape[0] // settings.scale_groups
+    channels: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for index in np.ndindex(*shape):
+        key = (index[0] // inputs if settings.scale_groups > 1 else 0, *(index[d] for d in axes))
+        channels.setdefault(key, []).append(index)
+    return list(channels.values())
 
 
 def sign(values: Array) -> Array:
@@ -224,157 +375,136 @@ def sign(values: Array) -> Array:
     return np.where(values >= 0, 1.0, -1.0)
 
 
-class BinaryParameter:
+def mean(numbers: list[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
+
+
+class BinaryParameter(LatentParameter):
     """Q = c·a·sign(u), a = mean|u| of the output channel."""
 
-    def __init__(self, weights: Array, settings: Settings) -> None:
-        self.settings = settings
-        self.unit, self.latent = normalise(weights, settings)
+    def hard(self) -> Array:
+        return self.unit * self.of_channels(mean) * sign(self.latent.value)
 
-    def forward(self) -> Array:
-        u = self.latent.value
-        result = np.empty_like(u)
-        for channel in range(u.shape[0]):
-            a = np.abs(u[channel]).mean()
-            result[channel] = self.unit * a * sign(u[channel])
-        return result
-
-    def moves(self, gradient: Array) -> list[Move]:
+    def hard_moves(self, gradient: Array) -> list[Move]:
         """δ_i = c(a + 1/n) g_i,  M = c² mean((a + 1/n)(a + 1))."""
-        c, u = self.unit, self.latent.value
-        delta = np.empty_like(u)
-        n = u[0].size
-        for channel in range(u.shape[0]):
-            a = np.abs(u[channel]).mean()
-            delta[channel] = c * (a + 1 / n) * gradient[channel]
-        scales = [np.abs(u[channel]).mean() for channel in range(u.shape[0])]
-        metric = c * c * float(np.mean([(a + 1 / n) * (a + 1) for a in scales]))
-        return [Move(self.latent, delta / metric, metric, self.settings)]
+        c, n, a = self.unit, self.n, self.of_channels(mean)
+        metric = c * c * float(np.mean((a + 1 / n) * (a + 1)))
+        return [Move(self.latent, c * (a + 1 / n) * gradient, metric, self.settings)]
 
 
-class TernaryParameter:
+class UniformParameter(LatentParameter):
+    """Q = c·a·round(q·u/a)/q, a = max|u| of the output channel, q = 2^(bits − 1) − 1."""
+
+    def hard(self) -> Array:
+        q, a = 2 ** ((self.settings.bits or 4) - 1) - 1, self.of_channels(max)
+        return self.unit * a * np.round(q * self.latent.value / np.where(a > 0, a, 1.0)) / q
+
+    def hard_moves(self, gradient: Array) -> list[Move]:
+        """δ = c·g,  M = c²."""
+        c = self.unit
+        return [Move(self.latent, c * gradient, c * c, self.settings)]
+
+
+class TernaryParameter(LatentParameter):
     """Q = c·W_p above Δ, −c·W_n below −Δ, 0 between; Δ = t·max|u|."""
 
-    def __init__(self, weights: Array, settings: Settings) -> None:
-        self.settings = settings
-        self.unit, self.latent = normalise(weights, settings)
-        above, below = self.zones()
-        magnitude = np.abs(self.latent.value)
-        self.scale_pos = Variable(np.array(magnitude[above].mean()), SCALE_MIN, decays=False)
-        self.scale_neg = Variable(np.array(magnitude[below].mean()), SCALE_MIN, decays=False)
+    leveled = False
+
+    def start_scales(self) -> None:
+        """The mean of |u| beyond Δ; ρ = 0.1 · max(W₀, 0.1/(c√n)), n the size of a first index."""
+        least = 0.1 / (self.unit * math.sqrt(self.latent.value[0].size))
+        scales = []
+        for zone in self.zones():
+            beyond = [float(u) for u in np.abs(self.latent.value[zone])]
+            start = max(mean(beyond) if beyond else 0.0, SCALE_MIN)
+            size = 0.1 * max(start, least)
+            scales.append(Variable(np.array(start), size, lower=SCALE_MIN, decays=False))
+        self.scale_pos, self.scale_neg = scales
 
     def zones(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         u = self.latent.value
         threshold = self.settings.threshold * np.abs(u).max()
         return u > threshold, u < -threshold
 
-    def forward(self) -> Array:
+    def hard(self) -> Array:
         above, below = self.zones()
         result = np.zeros_like(self.latent.value)
         result[above] = self.unit * self.scale_pos.value
         result[below] = -self.unit * self.scale_neg.value
         return result
 
-    def moves(self, gradient: Array) -> list[Move]:
+    def hard_moves(self, gradient: Array) -> list[Move]:
         """δ_u = c·(W_p g, g, W_n g), δ_Wp = c Σ₊g, δ_Wn = −c Σ₋g.
 
         M = c²(n₊W_p² + n₀ + n₋W_n²)/n, c²n₊, c²n₋.
         """
         c = self.unit
         above, below = self.zones()
-        delta = c * gradient
-        delta[above] = c * self.scale_pos.value * gradient[above]
-        delta[below] = c * self.scale_neg.value * gradient[below]
-        delta_pos = np.array(c * gradient[above].sum())
-        delta_neg = np.array(-c * gradient[below].sum())
         slopes = np.where(above, self.scale_pos.value, np.where(below, self.scale_neg.value, 1.0))
-        metric_latent = c * c * float(np.square(slopes).mean())
-        metric_pos = c * c * max(int(above.sum()), 1)
-        metric_neg = c * c * max(int(below.sum()), 1)
+        metric = c * c * float(np.square(slopes).mean())
+        pos, neg = np.array(c * gradient[above].sum()), np.array(-c * gradient[below].sum())
         return [
-            Move(self.latent, delta / metric_latent, metric_latent, self.settings),
-            Move(self.scale_pos, delta_pos / metric_pos, metric_pos, self.settings),
-            Move(self.scale_neg, delta_neg / metric_neg, metric_neg, self.settings),
+            Move(self.latent, c * slopes * gradient, metric, self.settings),
+            Move(self.scale_pos, pos, c * c * max(int(above.sum()), 1), self.settings),
+            Move(self.scale_neg, neg, c * c * max(int(below.sum()), 1), self.settings),
         ]
 
 
-class UniformParameter:
-    """Q = c·a·round(q·u/a)/q, a = max|u| of the output channel, q = 2^(bits − 1) − 1."""
-
-    def __init__(self, weights: Array, settings: Settings) -> None:
-        self.settings = settings
-        self.unit, self.latent = normalise(weights, settings)
-
-    def forward(self) -> Array:
-        u = self.latent.value
-        q = 2 ** (self.settings.bits - 1) - 1
-        result = np.zeros_like(u)
-        for channel in range(u.shape[0]):
-            a = np.abs(u[channel]).max()
-            if a > 0:
-                result[channel] = self.unit * a * np.round(q * u[channel] / a) / q
-        return result
-
-    def moves(self, gradient: Array) -> list[Move]:
-        """δ = c·g,  M = c²."""
-        c = self.unit
-        return [Move(self.latent, c * gradient / (c * c), c * c, self.settings)]
-
-
-class RelaxedParameter:
-    """Q_θ = (1 − θ) Q + θ c u, where Q is that of another parameter."""
-
-    def __init__(self, quantized: BinaryParameter | TernaryParameter | UniformParameter) -> None:
-        self.quantized, self.settings = quantized, quantized.settings
-        self.unit, self.latent = quantized.unit, quantized.latent
-
-    def forward(self) -> Array:
-        theta = self.settings.relaxation
-        return (1 - theta) * self.quantized.forward() + theta * self.unit * self.latent.value
-
-    def moves(self, gradient: Array) -> list[Move]:
-        """δ_θ = (1 − θ) δ + θ c g,  M_θ = ((1 − θ) √M + θ c)²;  d_θ = (1 − θ) d of a scale."""
-        theta, c = self.settings.relaxation, self.unit
-        hard, *scales = self.quantized.moves(gradient)
-        delta = (1 - theta) * hard.metric * hard.gradient + theta * c * gradient
-        metric = ((1 - theta) * math.sqrt(hard.metric) + theta * c) ** 2
-        return [
-            Move(self.latent, delta / metric, metric, self.settings),
-            *(Move(s.variable, (1 - theta) * s.gradient, s.metric, s.settings) for s in scales),
-        ]
-
-
-Parameter = (
-    FloatParameter | BinaryParameter | TernaryParameter | UniformParameter | RelaxedParameter
-)
+Parameter = FloatParameter | LatentParameter
 
 
 def make_parameter(weights: Array, settings: Settings) -> Parameter:
-    if settings.quantizer == "binary":
-        return BinaryParameter(weights, settings)
-    if settings.quantizer == "ternary":
-        return TernaryParameter(weights, settings)
-    if settings.quantizer == "uniform":
-        return UniformParameter(weights, settings)
-    return FloatParameter(weights, settings)
+    kinds: dict[str | None, type[FloatParameter] | type[LatentParameter]] = {
+        None: FloatParameter,
+        "binary": BinaryParameter,
+        "ternary": TernaryParameter,
+        "uniform": UniformParameter,
+    }
+    return kinds[settings.quantizer](weights, settings)
 
 
-def best_gamma(loss: float, eps: float, moves: Sequence[Move]) -> float:
-    elements = [element for move in moves for element in move.elements()]
-    if all(math.isinf(e.lower) and math.isinf(e.upper) for e in elements):
-        return float(closed_form_gamma(loss, eps, elements))
-    return float(exact_gamma(loss, eps, elements))
+@dataclass
+class Optimizer:
+    """Parameters that are stepped together, and the height of their plane."""
 
+    parameters: Sequence[Parameter]
+    height: float | None = None
 
-def step(parameters: Sequence[Parameter], loss: float, gradients: Sequence[Array | None]) -> float:
-    """One step of all parameters with a gradient, one γ for all. Returns γ."""
-    moves = [
-        move
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-        if gradient is not None
-        for move in parameter.moves(gradient)
-    ]
-    gamma = best_gamma(loss, parameters[0].settings.eps, moves)
-    for move in moves:
-        move.apply(gamma)
-    return gamma
+    def step(self, loss: float, gradients: Sequence[Array | None]) -> float:
+        """One step of all parameters with a gradient, one γ for all. Returns γ."""
+        pairs = [
+            (parameter, gradient)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True)
+            if gradient is not None
+        ]
+        moves = [move for parameter, gradient in pairs for move in parameter.moves(gradient)]
+        settings = self.parameters[0].settings
+        step = self.spectral if settings.norm == "spectral" else self.euclidean
+        gamma = step(loss, moves, settings.eps)
+        for parameter, _ in pairs:
+            parameter.finish()
+        return gamma
+
+    def euclidean(self, loss: float, moves: Sequence[Move], eps: float) -> float:
+        elements = [element for move in moves for element in move.elements()]
+        free = all(math.isinf(e.lower) and math.isinf(e.upper) for e in elements)
+        gamma = float((closed_form_gamma if free else exact_gamma)(loss, eps, elements))
+        for move in moves:
+            move.apply(gamma)
+        return gamma
+
+    def spectral(self, loss: float, moves: Sequence[Move], eps: float) -> float:
+        """h ← μ·h_left + (1 − μ)ℓ, at first h = ℓ; γ = clip[0,1]((h − decay) / (full + ε))."""
+        mu, first = moves[0].settings.momentum, self.height is None
+        h = loss if self.height is None else mu * self.height + (1 - mu) * loss
+        directions = [move.average(first) for move in moves]
+        decay = full = 0.0
+        for move, D in zip(moves, directions, strict=True):
+            lr, m, v = move.settings.lr, move.variable.mean, move.variable.value
+            decay += math.fsum((lr * m * move.weight_decay * v).flat)
+            full += math.fsum((lr * m * D).flat)
+        gamma = min(max((h - decay) / (full + eps), 0.0), 1.0) if full + eps else 1.0
+        for move, D in zip(moves, directions, strict=True):
+            move.apply_spectral(gamma, D)
+        self.height = max(0.0, h - decay - gamma * full)
+        return gamma

@@ -25,10 +25,10 @@ def trained(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, Tensor]:
     digits = Data(digits.name, digits.train, digits.held_out.part(0, 50), "test", False)
     settings = {"device": "cpu", "amp": "off", "batch_size": 16, "epochs": 2}
     run = Run(Settings.choose(settings | {"net": request.param}), digits)
-    while run.epoch < run.settings.epochs:
-        run.train_epoch()
+    for _ in range(run.settings.epochs):
+        run.history.append(run.advance())
     model = run.model.eval()
-    images = run.augmenter.normalise(digits.held_out.images)
+    images = run.batches.normalise(digits.held_out.images)
     with torch.no_grad():
         scores = model(images)
     assert len(scores.argmax(1).unique()) > 2

@@ -66,6 +66,21 @@ def mathml(source: str, node: nodes.Element, *, block: bool) -> str:
     return line.replace("<math ", f'<math alttext="{label}" ', 1)
 
 
+def pieces(source: str) -> list[str]:
+    """Formulas with a wide space in between, which a narrow page puts below each other."""
+    environments: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+        environments.append(match[0])
+        return f"\0{len(environments) - 1}\0"
+
+    hidden = ENVIRONMENT.sub(hide, source)
+    if re.search(r"\\\\|&", hidden):
+        return [source]
+    parts = re.split(r"\\qquad", hidden)
+    return [re.sub("\0(\\d+)\0", lambda match: environments[int(match[1])], it) for it in parts]
+
+
 def fences(line: str) -> str:
     opened: set[str] = set()
 
@@ -87,7 +102,8 @@ def visit_math_block(self: HTML5Translator, node: nodes.math_block) -> None:
     # Furo's wrapper has the same id already.
     anchor = nodes.Element() if node.parent.get("ids") == node["ids"] else node
     self.body.append(self.starttag(anchor, "div", CLASS="math-block"))
-    self.body.append(f"<div>{mathml(node.astext(), node, block=True)}</div>")
+    parts = [mathml(part, node, block=True) for part in pieces(node.astext())]
+    self.body.append(f"<div>{''.join(f'<div>{part}</div>' for part in parts)}</div>")
     if node["number"]:
         self.body.append(f'<span class="eqno">({get_node_equation_number(self, node)})')
         self.add_permalink_ref(node, "Link to this equation")

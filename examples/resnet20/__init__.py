@@ -1,1 +1,1 @@
-"""The parts of the CIFAR ResNet-20 example, one idea a file."""
+"""Networks, data, optimizers and the training loop of cifar_resnet20.py."""

@@ -1,27 +1,23 @@
-"""The images: CIFAR-10 in its official binary layout, or scikit-learn's handwritten digits."""
+"""The images: CIFAR-10 in its binary layout, or scikit-learn's handwritten digits."""
 
-import zlib
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
+from common import UserError
 from torch import Tensor
 from torch.nn import functional
 
-from .errors import UserError
-
-SIZE = 32
-CLASSES = 10
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER = "cifar-10-batches-bin"
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-TEST_FILES = ("test_batch.bin",)
+FILES = (*TRAIN_FILES, "test_batch.bin")
+SIZE, PAD = 32, 4
 # A record is one label byte, then the red, green and blue planes, row by row.
-RECORD_BYTES = 1 + 3 * SIZE * SIZE
-RECORDS_PER_FILE = 10_000
-
-_SPLIT_SEED = 0
-_DIGITS_TEST_SHARE = 0.2
+RECORD_BYTES, RECORDS = 1 + 3 * SIZE * SIZE, 10_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,6 @@ class Split:
         return len(self.labels)
 
     def part(self, start: int, stop: int) -> "Split":
-        """The images from ``start`` to ``stop``."""
         return Split(self.images[start:stop], self.labels[start:stop])
 
 
@@ -49,92 +44,118 @@ class Data:
     held_out_name: str
     flips: bool
 
-    @cached_property
-    def digest(self) -> int:
-        """A checksum, so that a run is never resumed on other images."""
-        value = 0
-        for split in (self.train, self.held_out):
-            for tensor in (split.images, split.labels):
-                value = zlib.crc32(tensor.contiguous().numpy().tobytes(), value)
-        return value
 
+def load(directory: str | None, limit: int | None = None, validate: bool = False) -> Data:
+    """Read CIFAR-10 from ``directory``, or the digits; keep ``limit`` training images.
 
-def load(directory: Path | None, limit: int | None = None, validate: bool = False) -> Data:
-    """Read the images.
-
-    Args:
-        directory: where CIFAR-10 is; ``None`` for the digits.
-        limit: keep only so many training images.
-        validate: judge on the last tenth of the training images (5,000 of CIFAR-10), which are
-            then not trained on, instead of on the test images.
+    ``validate`` holds out the last tenth of the training images instead of the test images.
     """
-    if directory is None:
-        name, flips = "handwritten digits", False  # a mirrored digit is no digit
-        train, held_out = read_digits()
-    else:
-        name, flips = "CIFAR-10", True
-        train, held_out = read_cifar10(directory)
+    train, held_out = read_digits() if directory is None else read_cifar10(Path(directory))
     if validate:
         kept = len(train) - len(train) // 10
         train, held_out = train.part(0, kept), train.part(kept, len(train))
-    if limit is not None:
-        train = train.part(0, limit)
-    return Data(name, train, held_out, "validation" if validate else "test", flips)
-
-
-def read_cifar10(directory: Path) -> tuple[Split, Split]:
-    """Read the binary layout from ``directory`` or the folder that its archive unpacks to."""
-    folder = find_cifar10(directory)
-    return _read_split(folder, TRAIN_FILES), _read_split(folder, TEST_FILES)
-
-
-def find_cifar10(directory: Path) -> Path:
-    """The folder with all six files in their full size, or an error that names the bad one."""
-    folder = directory / FOLDER if (directory / FOLDER).is_dir() else directory
-    remedy = f"give the folder of CIFAR-10's binary version, or add --download --data {directory}"
-    wanted = RECORDS_PER_FILE * RECORD_BYTES
-    for name in TRAIN_FILES + TEST_FILES:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"--data: {path} is missing; {remedy}")
-        if path.stat().st_size != wanted:
-            raise UserError(
-                f"--data: {path} has {path.stat().st_size:,} bytes instead of {wanted:,}; {remedy}"
-            )
-    return folder
-
-
-def _read_split(folder: Path, names: tuple[str, ...]) -> Split:
-    images, labels = [], []
-    for name in names:
-        try:
-            content = bytearray((folder / name).read_bytes())
-        except OSError as error:
-            raise UserError(f"--data: cannot read {folder / name}: {error.strerror}") from error
-        records = torch.frombuffer(content, dtype=torch.uint8).view(-1, RECORD_BYTES)
-        if int(records[:, 0].max()) >= CLASSES:
-            raise UserError(
-                f"--data: {folder / name} is damaged (a label above {CLASSES - 1}); "
-                "get CIFAR-10's binary version anew with --download"
-            )
-        labels.append(records[:, 0].long())
-        images.append(records[:, 1:].view(-1, 3, SIZE, SIZE).permute(0, 2, 3, 1))
-    return Split(torch.cat(images).contiguous(), torch.cat(labels))
+    return Data(
+        name="handwritten digits" if directory is None else "CIFAR-10",
+        train=train.part(0, limit or len(train)),
+        held_out=held_out,
+        held_out_name="validation" if validate else "test",
+        flips=directory is not None,  # a mirrored digit is no digit
+    )
 
 
 def read_digits() -> tuple[Split, Split]:
-    """The 1,797 digits, upsampled to 32x32 RGB; the split is the same in every run."""
+    """The 1,797 digits, enlarged to 32x32 RGB; the split is the same in every run."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
     large = functional.interpolate(small, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
     images = large.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-    labels = torch.as_tensor(digits.target, dtype=torch.int64)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-    test = int(len(labels) * _DIGITS_TEST_SHARE)
-    images, labels = images[order].contiguous(), labels[order]
-    return (
-        Split(images[test:].contiguous(), labels[test:]),
-        Split(images[:test].contiguous(), labels[:test]),
-    )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    everything = Split(images[order].contiguous(), torch.as_tensor(digits.target)[order].long())
+    test = len(everything) // 5
+    return everything.part(test, len(everything)), everything.part(0, test)
+
+
+def read_cifar10(directory: Path) -> tuple[Split, Split]:
+    """Read the binary layout from ``directory`` or the folder that its archive unpacks to."""
+    folder = directory / FOLDER if (directory / FOLDER).is_dir() else directory
+    remedy = f"give the folder of CIFAR-10's binary version, or add --download --data {directory}"
+    images, labels = [], []
+    for name in FILES:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"--data {directory}: {path} is missing; {remedy}")
+        content = bytearray(path.read_bytes())
+        if len(content) != (size := RECORDS * RECORD_BYTES):
+            wrong = f"{len(content):,} bytes instead of {size:,}"
+            raise UserError(f"--data {directory}: {path} has {wrong}; {remedy}")
+        records = torch.frombuffer(content, dtype=torch.uint8).view(-1, RECORD_BYTES)
+        if int(records[:, 0].max()) > 9:
+            raise UserError(f"--data {directory}: {path} has a label above 9; {remedy}")
+        images.append(records[:, 1:].view(-1, 3, SIZE, SIZE).permute(0, 2, 3, 1))
+        labels.append(records[:, 0].long())
+    everything = Split(torch.cat(images).contiguous(), torch.cat(labels))
+    test = len(TRAIN_FILES) * RECORDS
+    return everything.part(0, test), everything.part(test, len(everything))
+
+
+def download(directory: Path) -> None:
+    """Fetch and unpack CIFAR-10, unless it is there."""
+    if all((directory / FOLDER / name).is_file() for name in FILES):
+        return
+    import pooch
+
+    try:
+        pooch.retrieve(
+            URL,
+            known_hash=f"sha256:{SHA256}",
+            fname=URL.rpartition("/")[2],
+            path=directory,
+            processor=pooch.Untar([f"{FOLDER}/{name}" for name in FILES], extract_dir="."),
+            progressbar=sys.stderr.isatty(),
+        )
+    except (OSError, ValueError) as error:  # of the network, the disk, the checksum
+        raise UserError(f"--download: {error}; run the same command again") from error
+
+
+class Batches:
+    """The training images, on the device that trains, and batches of random crops and flips."""
+
+    def __init__(self, data: Data, device: torch.device) -> None:
+        images = data.train.images
+        std_mean = [torch.std_mean(images[..., channel].float()) for channel in range(3)]
+        std, mean = torch.tensor(std_mean, device=device).T
+        self._mean, self._std = mean, std.clamp_min(1)
+        self._images = functional.pad(images, (0, 0, PAD, PAD, PAD, PAD)).to(device)
+        self._labels = data.train.labels.to(device)
+        self._flips = data.flips
+
+    def epoch(
+        self, seed: int, epoch: int, size: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """All full batches, of each the share that is for one of several processes.
+
+        Everything random follows from ``(seed, epoch)`` and is drawn on the CPU, so that a run
+        that is resumed, or moves to another device, sees the same batches.
+        """
+        device, count = self._labels.device, len(self._labels)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=generator)
+        top, left = torch.randint(2 * PAD + 1, (2, count, 1), generator=generator)
+        rows = top + torch.arange(SIZE)
+        columns = left + torch.arange(SIZE)
+        if self._flips:
+            mirrored = torch.rand(count, 1, generator=generator) < 0.5
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        order, rows, columns = (x.to(device) for x in (order, rows, columns))
+        for first in range(0, count - size + 1, size):
+            part = slice(first + rank, first + size, ranks)
+            which = order[part]
+            images = self._images[which[:, None, None], rows[part, :, None], columns[part, None]]
+            yield self.normalise(images), self._labels[which]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Floats (N, 3, 32, 32), channels last in memory."""
+        normalised: Tensor = (images - self._mean) / self._std
+        return normalised.permute(0, 3, 1, 2)

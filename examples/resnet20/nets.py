@@ -1,26 +1,68 @@
-"""ResNet-20 for CIFAR (He et al. 2016), and the same with sign activations (XNOR-Net).
+"""ResNet-20, Wide ResNet and DenseNet for CIFAR, of plain float layers.
 
-`build` makes it, or one of the other architectures.
+The optimizer quantizes the convolutions in `blocks`; the first one and the linear layer stay float.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import pad
 
 from dfw_opt import SignActivation
 
-from .data import CLASSES
-from .dense import DenseNet
-from .network import Network, conv3x3
-from .wide import WideResNet
+WIDTHS = (16, 32, 64)
 
-# What they are called here, and in papers. A step of the others takes a CPU about twice as long as
-# one of ResNet-20.
-ARCHES = {"resnet20": "ResNet-20", "wrn16-2": "WRN-16-2", "densenet28": "DenseNet-BC-28-12"}
-NETS = ("float", "binary", "xnor", "ternary")
-SHORTCUTS = ("resnet", "bireal")
-_WIDTHS = (16, 32, 64)
-_BLOCKS_PER_WIDTH = 3
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+
+
+def norm_relu(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+
+class Network(nn.Module):
+    """A first convolution, blocks, what follows the last of them, a mean over pixels, a layer."""
+
+    def __init__(self, first: nn.Module, blocks: list[nn.Module], last: nn.Module, width: int):
+        super().__init__()
+        self.first, self.blocks, self.last = first, nn.Sequential(*blocks), last
+        self.linear = nn.Linear(width, 10)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.blocks(self.first(x))).mean((2, 3))
+        # The loss decides the step size, so the scores are not rounded to bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            scores: Tensor = self.linear(x.float())
+        return scores
+
+
+class Block(nn.Module):
+    """Twice convolution, BatchNorm, ReLU (He et al. 2016); or BatchNorm, sign, convolution.
+
+    With ``bireal`` each convolution has its own shortcut (Liu et al. 2018), else each pair.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, signs: bool, bireal: bool) -> None:
+        super().__init__()
+        self.outputs, self.stride, self.bireal = outputs, stride, bireal
+        conv1, conv2 = conv3x3(inputs, outputs, stride), conv3x3(outputs, outputs)
+        if signs:  # XNOR-Net, Rastegari et al. 2016
+            self.half1 = nn.Sequential(nn.BatchNorm2d(inputs), SignActivation(), conv1)
+            self.half2 = nn.Sequential(nn.BatchNorm2d(outputs), SignActivation(), conv2)
+        else:
+            self.half1 = nn.Sequential(conv1, nn.BatchNorm2d(outputs))
+            self.half2 = nn.Sequential(conv2, nn.BatchNorm2d(outputs))
+        self.end = nn.Identity() if signs else nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = shortcut(x, self.outputs, self.stride)
+        y = self.half1(x)
+        y = self.end(y + around if self.bireal else y)
+        z: Tensor = self.end(self.half2(y) + (y if self.bireal else around))
+        return z
 
 
 def shortcut(x: Tensor, channels: int, stride: int) -> Tensor:
@@ -28,77 +70,83 @@ def shortcut(x: Tensor, channels: int, stride: int) -> Tensor:
     if stride == 1:
         return x
     missing = channels - x.shape[1]
-    return functional.pad(
-        x[:, :, ::stride, ::stride], (0, 0, 0, 0, missing // 2, missing - missing // 2)
-    )
+    return pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, missing // 2, missing - missing // 2))
 
 
-class Block(nn.Module):
-    """Two times convolution, BatchNorm, ReLU.
+def resnet20(signs: bool, bireal: bool) -> Network:
+    """Nineteen convolutions and a linear layer."""
+    width = WIDTHS[0]
+    first = nn.Sequential(conv3x3(3, width), *norm_relu(width))
+    blocks: list[nn.Module] = []
+    for i, outputs in enumerate(WIDTHS):
+        for j in range(3):
+            stride = 2 if i > 0 and j == 0 else 1
+            blocks.append(Block(width, outputs, stride, signs, bireal))
+            width = outputs
+    # The sum that leaves the last sign block has not been through a norm or a ReLU yet.
+    return Network(first, blocks, norm_relu(width) if signs else nn.Identity(), width)
 
-    With ``bireal`` each convolution has its own shortcut (Liu et al. 2018), else each pair.
-    """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, bireal: bool) -> None:
+class WideBlock(nn.Module):
+    """Two times BatchNorm, ReLU, convolution; where the shape changes, so does the shortcut's."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.outputs, self.stride, self.bireal = outputs, stride, bireal
+        self.before = norm_relu(inputs)
         self.conv1 = conv3x3(inputs, outputs, stride)
-        self.norm1 = nn.BatchNorm2d(outputs)
+        self.between = norm_relu(outputs)
         self.conv2 = conv3x3(outputs, outputs)
-        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Conv2d | None = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        around = shortcut(x, self.outputs, self.stride)
-        y = self.norm1(self.conv1(x))
-        y = functional.relu(y + around if self.bireal else y, inplace=True)
-        z = self.norm2(self.conv2(y)) + (y if self.bireal else around)
-        return functional.relu(z, inplace=True)
+        y = self.before(x)
+        around: Tensor = x if self.shortcut is None else self.shortcut(y)
+        z: Tensor = self.conv2(self.between(self.conv1(y)))
+        return z + around
 
 
-class SignBlock(nn.Module):
-    """Two times BatchNorm, sign, convolution, with no ReLU anywhere."""
+def wide_resnet(depth: int, factor: int) -> Network:
+    """WRN-``depth``-``factor`` (Zagoruyko and Komodakis 2016)."""
+    width = WIDTHS[0]
+    blocks: list[nn.Module] = []
+    for i, narrow in enumerate(WIDTHS):
+        for j in range((depth - 4) // 6):
+            blocks.append(WideBlock(width, narrow * factor, 2 if i > 0 and j == 0 else 1))
+            width = narrow * factor
+    return Network(conv3x3(3, WIDTHS[0]), blocks, norm_relu(width), width)
 
-    def __init__(self, inputs: int, outputs: int, stride: int, bireal: bool) -> None:
+
+class DenseLayer(nn.Module):
+    """Adds ``growth`` channels, made of all that there are through a 1x1 bottleneck."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
-        self.outputs, self.stride, self.bireal = outputs, stride, bireal
-        self.norm1 = nn.BatchNorm2d(inputs)
-        self.sign1 = SignActivation()
-        self.conv1 = conv3x3(inputs, outputs, stride)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.sign2 = SignActivation()
-        self.conv2 = conv3x3(outputs, outputs)
+        self.new = nn.Sequential(
+            *norm_relu(inputs),
+            nn.Conv2d(inputs, 4 * growth, 1, bias=False),
+            *norm_relu(4 * growth),
+            conv3x3(4 * growth, growth),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        around = shortcut(x, self.outputs, self.stride)
-        y: Tensor = self.conv1(self.sign1(self.norm1(x)))
-        if self.bireal:
-            y = y + around
-        z: Tensor = self.conv2(self.sign2(self.norm2(y)))
-        return z + (y if self.bireal else around)
+        return torch.cat((x, self.new(x)), 1)
 
 
-class ResNet20(Network):
-    """Nineteen 3x3 convolutions and a linear layer, all of them plain float layers of torch."""
-
-    def __init__(self, signs: bool = False, bireal: bool = False) -> None:
-        super().__init__()
-        width = _WIDTHS[0]
-        self.conv = conv3x3(3, width)
-        self.norm = nn.BatchNorm2d(width)
-        block = SignBlock if signs else Block
-        blocks: list[nn.Module] = []
-        for i, outputs in enumerate(_WIDTHS):
-            for j in range(_BLOCKS_PER_WIDTH):
-                blocks.append(block(width, outputs, 2 if i > 0 and j == 0 else 1, bireal))
-                width = outputs
-        self.blocks = nn.Sequential(*blocks)
-        # The sum that leaves the last sign block has not been through a norm or a ReLU yet.
-        self.last = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU()) if signs else nn.Identity()
-        self.linear = nn.Linear(width, CLASSES)
-        self.start()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scores(functional.relu(self.norm(self.conv(x)), inplace=True))
+def densenet(depth: int, growth: int) -> Network:
+    """DenseNet-BC-``depth``-``growth`` (Huang et al. 2017)."""
+    width = 2 * growth
+    blocks: list[nn.Module] = []
+    for stage in range(3):
+        if stage > 0:  # half the channels, height and width
+            halve = nn.Conv2d(width, width // 2, 1, bias=False)
+            blocks.append(nn.Sequential(*norm_relu(width), halve, nn.AvgPool2d(2)))
+            width //= 2
+        for _ in range((depth - 4) // 6):
+            blocks.append(DenseLayer(width, growth))
+            width += growth
+    return Network(conv3x3(3, 2 * growth), blocks, norm_relu(width), width)
 
 
 def build(net: str, shortcuts: str, seed: int, arch: str = "resnet20") -> Network:
@@ -106,9 +154,9 @@ def build(net: str, shortcuts: str, seed: int, arch: str = "resnet20") -> Networ
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if arch == "wrn16-2":
-            model: Network = WideResNet(depth=16, factor=2)
+            model = wide_resnet(16, 2)
         elif arch == "densenet28":
-            model = DenseNet(depth=28, growth=12)
+            model = densenet(28, 12)
         else:
-            model = ResNet20(signs=net == "xnor", bireal=shortcuts == "bireal")
+            model = resnet20(net == "xnor", shortcuts == "bireal")
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

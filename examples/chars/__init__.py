@@ -1,1 +1,0 @@
-"""The parts of the character transformer example, one idea a file."""

@@ -1,0 +1,332 @@
+"""Several processes are one: DDP, FSDP2, HSDP and tensor parallelism, against one process.
+
+Real processes over gloo, two and four; ranks.py has what they do. In float64, so that "equal" is
+sharp: the order of a sum over ranks changes the last digit, 1e-16, which grows by some thousands in
+these few steps; a rank that is left out, or counted twice, is off in the first digits.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from helpers import KINDS, MAIN_KINDS, Kind, fingerprint, make_params
+from ranks import BAD, BARE, COUNTED, HALF, SAVED, SIZES, STEPS, Results, World, launch
+from torch import Tensor
+
+from dfw_opt import DFW
+
+TOLERANCE = 1e-10
+ALONE = World()
+MAIN = pytest.mark.parametrize("kind", MAIN_KINDS, ids=str)
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # of a save by one process
+]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Checkpoints of one process, and where its trainings came to."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, ranks.save(ALONE, folder)
+
+
+@pytest.fixture(scope="module")
+def two(one: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(one[0], folder / "others")
+    return folder / "saved", launch(2, folder)
+
+
+@pytest.fixture(scope="module")
+def four(two: tuple[Path, Results], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("four")
+    shutil.copytree(two[0], folder / "others")
+    return launch(4, folder)
+
+
+@pytest.fixture
+def pair(two: tuple[Path, Results]) -> Results:
+    return two[1]
+
+
+@pytest.fixture(params=[2, 4], ids=["two", "four"])
+def results(request: pytest.FixtureRequest) -> Results:
+    number: int = request.param
+    found: Results = request.getfixturevalue({2: "pair", 4: "four"}[number])
+    return found
+
+
+def expected(kind: Kind, layout: str) -> dict[str, Any]:
+    """The same training in one process, on the joined batch."""
+    return _expected(str(kind), "tensor" if layout in ("tensor", "both") else "rows")
+
+
+@functools.cache
+def _expected(name: str, layout: str) -> dict[str, Any]:
+    (kind,) = (kind for kind in KINDS if str(kind) == name)
+    return ranks.trained(kind, ALONE, layout)
+
+
+def assert_equal_runs(by_rank: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
+    """To one process up to rounding, to each other to the bit; and weights are Q(latents)."""
+    for run in by_rank:
+        assert run["skipped"] == wanted["skipped"] == 0
+        assert run["exact"]
+        assert run["gammas"] == pytest.approx(wanted["gammas"], rel=TOLERANCE)
+        assert_close(run["values"], wanted["values"])
+        assert fingerprint(run["values"]) == fingerprint(by_rank[0]["values"])
+
+
+def assert_close(values: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert values.keys() == wanted.keys()
+    for name, value in values.items():
+        assert (value.shape, value.dtype) == (wanted[name].shape, wanted[name].dtype), name
+        assert torch.allclose(value, wanted[name], TOLERANCE, TOLERANCE, equal_nan=True), name
+
+
+class TestEqualToOneProcess:
+    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    def test_data_parallel(self, pair: Results, kind: Kind) -> None:
+        """Each rank passes its own loss, and after every step all hold the same bits."""
+        runs = [rank[str(kind)] for rank in pair["ddp"]]
+        assert_equal_runs(runs, expected(kind, "ddp"))
+        assert len(set(runs[0]["digests"])) == STEPS
+        assert runs[0]["digests"] == runs[1]["digests"]
+
+    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    def test_fully_shard(self, pair: Results, kind: Kind) -> None:
+        """Rows that the ranks do not divide."""
+        assert_equal_runs([rank[str(kind)] for rank in pair["rows"]], expected(kind, "rows"))
+
+    @MAIN
+    @pytest.mark.parametrize(
+        ("results", "layout"),
+        [(2, "columns"), (2, "tensor"), (4, "rows"), (4, "hybrid"), (4, "both")],
+        indirect=["results"],
+    )
+    def test_layouts(self, results: Results, layout: str, kind: Kind) -> None:
+        """Columns; tensor parallelism; rows of which the last rank has none; HSDP, where a sum over
+        all ranks would count everything twice; and FSDP2 with tensor parallelism: two meshes.
+        """
+        assert_equal_runs([rank[str(kind)] for rank in results[layout]], expected(kind, layout))
+
+    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    def test_the_sums_count(self, kind: Kind) -> None:
+        """These trainings would tell: γ depends on the loss and all sums in most of their steps."""
+        gammas = expected(kind, "rows")["gammas"]
+        assert sum(0 < gamma < 1 for gamma in gammas) > STEPS / 2
+        if not str(kind).startswith("dfw") and kind.norm == "euclidean":
+            closed = f"{str(kind).split('-')[0]}_closed_form-euclidean"
+            for other in (k for k in KINDS if str(k) == closed):
+                assert expected(other, "rows")["gammas"] != pytest.approx(gammas, rel=1e-3)
+
+    @MAIN
+    def test_other_loops(self, pair: Results, kind: Kind) -> None:
+        """Gradients clipped by clip_grad_norm_, a layer frozen and thawed, one without gradient."""
+        assert_equal_runs([r[str(kind)] for r in pair["others"]], ranks.clipped(kind, ALONE))
+
+    @MAIN
+    def test_process_group(self, pair: Results, kind: Kind) -> None:
+        """A given group averages as all ranks do. With None a rank is alone, unless it shares
+        parameters with others.
+        """
+        steps = [2, 3]
+        for rank, of_pair in enumerate(r[str(kind)] for r in pair["groups"]):
+            grouped, calls, alone, cut = of_pair
+            assert grouped == pytest.approx(expected(kind, "ddp")["gammas"], rel=TOLERANCE)
+            assert calls == 0
+            assert alone == expected(kind, "ddp")["gammas"][: steps[rank]]
+            assert cut == pytest.approx(expected(kind, "rows")["gammas"], rel=TOLERANCE)
+
+    @MAIN
+    def test_mixed_precision(self, pair: Results, kind: Kind) -> None:
+        """Computed in bfloat16: state and steps are float32, and alike. γ of the first step is that
+        of float64, to the 2⁻⁸ of a bfloat16 some ten times over.
+        """
+        runs = [rank[str(kind)] for rank in pair["half_precision"]]
+        assert fingerprint(runs[0]["values"]) == fingerprint(runs[1]["values"])
+        assert runs[0]["dtypes"] == ["torch.float32"]
+        assert runs[0]["exact"]
+        assert runs[0]["gammas"][0] == pytest.approx(expected(kind, "rows")["gammas"][0], rel=0.05)
+
+
+class TestWhatOneRankAloneKnows:
+    @MAIN
+    @pytest.mark.parametrize("layout", ["ddp", "rows"])
+    def test_bad_numbers(self, results: Results, layout: str, kind: Kind) -> None:
+        """A NaN or infinite loss, one bad element of a gradient: all skip, and go on alike."""
+        for same_end, skipped, gammas in (r[f"{kind} {layout}"] for r in results["bad_numbers"]):
+            assert [i for i, gamma in enumerate(gammas) if math.isnan(gamma)] == [*BAD]
+            assert skipped == len(BAD)
+            assert same_end  # as if those steps had not been
+
+    @pytest.mark.parametrize("kind", [k for k in MAIN_KINDS if k.quantized], ids=str)
+    def test_written_weights(self, pair: Results, kind: Kind) -> None:
+        """In place, by one rank, after the gradient was made: latents know nothing of it."""
+        for rank in pair["written"]:
+            untouched, overwritten = rank[str(kind)]
+            assert overwritten == untouched
+
+    @MAIN
+    @pytest.mark.parametrize("what", ["nan", "lacks", "columns", "model"])
+    def test_refusals(self, pair: Results, kind: Kind, what: str) -> None:
+        """All ranks refuse what one has to, and nothing changes."""
+        if what == "model" and not kind.quantized:
+            pytest.skip("floats may start with any numbers")
+        reasons = {
+            "nan": ["another rank cannot load this checkpoint", "NaN or infinite values"],
+            "lacks": ["another rank cannot load this checkpoint", "lacks"],
+            "columns": ["set_optimizer_state_dict", "set_optimizer_state_dict"],
+            "model": ["holds NaN or infinity", "holds NaN or infinity"],
+        }
+        for rank, reason in zip(pair["refusals"], reasons[what], strict=True):
+            message, unchanged = rank[f"{kind} {what}"]
+            assert reason in message
+            assert unchanged
+
+    @MAIN
+    def test_meta(self, pair: Results, kind: Kind) -> None:
+        """Made real before the first step: DFW may be there already; what quantizes says no."""
+        for rank in pair["no_values"]:
+            before, after = rank[f"{kind} before"], rank[f"{kind} after"]
+            if kind.quantized:
+                assert "on the meta device" in before
+                assert "before the optimizer" in before
+            else:
+                assert fingerprint(before) == fingerprint(after)
+            assert all(bool(torch.isfinite(p).all()) for p in after)
+
+
+class TestWhatIsSent:
+    """Five, ten, or five larger layers and a last one, all alike; the numbers are those of the
+    documentation.
+    """
+
+    # Of one step: for two shapes of matrices, of which one has a single one, and their vectors.
+    FIXED, BY_SHAPE = (
+        {"spectral": 5, "euclidean": 3},
+        {"dfw": 0, "binary": 2, "uniform": 1, "ternary": 9},
+    )
+    SEARCH = 17
+
+    @pytest.mark.parametrize("kind", COUNTED, ids=str)
+    def test_data_parallel(self, pair: Results, kind: Kind) -> None:
+        """One number, the loss."""
+        for rank in pair["communication"]:
+            calls, _ = rank[f"{kind} ddp 16 5"]
+            assert calls == [("allreduce_", 4)]
+
+    @pytest.mark.parametrize("kind", COUNTED, ids=str)
+    def test_messages(self, pair: Results, kind: Kind) -> None:
+        """They are as many for more or larger tensors of the same two shapes; and but for those
+        that carry the matrices they are as small as a few numbers a tensor.
+        """
+        name = str(kind).split("-")[0].split("_")[0]
+        searched = kind.norm == "euclidean" and "dfw" not in str(kind) and "closed" not in str(kind)
+        number = self.FIXED[kind.norm] + 2 * self.BY_SHAPE[name] + self.SEARCH * searched
+        for rank in pair["communication"]:
+            for width, depth in SIZES:
+                calls = rank[f"{kind} rows {width} {depth}"][0]
+                assert len(calls) <= number
+                whole = [size for name, size in calls if "alltoall" in name]
+                rest = [size for name, size in calls if "alltoall" not in name]
+                assert max(rest) <= max(8 * 4, 4 * depth)
+                # Each way what a rank holds of the parameters or computes of them, float32.
+                elements = depth * width * (width + 1) + 8 * (width + 1)
+                assert len(whole) == (2 if kind.norm == "spectral" else 0)
+                assert max(whole, default=0) <= 4 * (elements / 2 + width * width)
+
+    @pytest.mark.parametrize("kind", [k for k in MAIN_KINDS if k.norm == "spectral"], ids=str)
+    def test_each_matrix_once(self, results: Results, kind: Kind) -> None:
+        """By one rank, and by all of them as many, but for one."""
+        for width, depth in SIZES:
+            runs = [rank[f"{kind} rows {width} {depth}"][1] for rank in results["communication"]]
+            by_rank = [[tuple(shape) for shape in shapes] for shapes in runs]
+            square = [shapes.count((width, width)) for shapes in by_rank]
+            assert sum(square) == depth
+            assert max(square) - min(square) <= 1
+            assert sum(map(len, by_rank)) == depth + 1
+        for rank in results["communication"]:  # where all ranks hold all
+            assert len(rank[f"{kind} ddp 16 5"][1]) == 6
+
+    def test_placements(self, results: Results) -> None:
+        """State is cut as its parameter is, and no view of more; numbers are on all ranks."""
+        assert [problems for problems in results["placements"] if problems] == []
+
+
+class TestOneProcess:
+    def test_averages(self, pair: Results) -> None:
+        """Of parallel tensors: those of one process. What FSDP2 has cut cannot be copied."""
+        alone = ranks.averages(ALONE)
+        for name in alone:
+            for rank in pair["averages"]:
+                if name.endswith("rows"):
+                    assert "FSDP does not support deepcopy" in rank[name]
+                else:
+                    for mine, one in zip(rank[name], alone[name], strict=True):
+                        assert torch.allclose(mine, one, TOLERANCE, TOLERANCE)
+
+    @pytest.mark.parametrize("wrong", ["gloo", "World", "", 0, True, [0, 1], {}], ids=repr)
+    def test_wrong_groups(self, wrong: Any) -> None:
+        with pytest.raises(TypeError, match="process_group"):
+            DFW(make_params(), process_group=wrong)
+
+    def test_outside_of_a_group(self) -> None:
+        """What ``new_group`` returns there is none."""
+        outside: Any = dist.GroupMember.NON_GROUP_MEMBER
+        with pytest.raises(TypeError, match="process_group"):
+            DFW(make_params(), process_group=outside)
+
+    def test_groups_and_copies(self, tmp_path: Path) -> None:
+        """A process group is nothing that a copy could hold; the other values it does."""
+        for value in ("world", None):
+            optimizer: Any = DFW(make_params(), process_group=value)  # type: ignore[arg-type]
+            assert pickle.loads(pickle.dumps(optimizer)).process_group == value
+            assert "process_group" not in optimizer.state_dict()["param_groups"][0]
+        store = dist.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            optimizer = DFW(make_params(), process_group=dist.group.WORLD)
+            with pytest.raises(TypeError, match="process group of its own"):
+                copy.deepcopy(optimizer)
+        finally:
+            dist.destroy_process_group()
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("kind", SAVED, ids=str)
+    def test_another_number_of_ranks(
+        self, results: Results, one: tuple[Path, dict[str, Any]], kind: Kind
+    ) -> None:
+        """From one to two, and from two to four: goes on as one that never stopped."""
+        names = [str(kind)]
+        if kind is not BARE:
+            names += [f"{kind} whole {broadcast}" for broadcast in (False, True)]
+        for name in names:
+            self.check([rank[name] for rank in results["loaded"]], one[1][str(kind)])
+
+    def test_one_process(self, two: tuple[Path, Results], one: tuple[Path, dict[str, Any]]) -> None:
+        for name, run in ranks.load(ALONE, two[0]).items():
+            self.check([run], one[1][name.split()[0]])
+
+    @pytest.mark.parametrize("kind", SAVED, ids=str)
+    def test_saving(self, pair: Results, one: tuple[Path, dict[str, Any]], kind: Kind) -> None:
+        """Changes nothing, not even where torch makes a step to see what state there is."""
+        assert_equal_runs([rank[str(kind)] for rank in pair["saved"]], one[1][str(kind)])
+        assert all(rank[str(kind)] for rank in pair["probes"])
+
+    def check(self, runs: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
+        assert len(runs[0]["gammas"]) == HALF
+        assert_equal_runs(runs, wanted | {"gammas": wanted["gammas"][-HALF:]})
