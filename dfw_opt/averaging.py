@@ -96,7 +96,7 @@ class AveragedModel(swa_utils.AveragedModel):
             for key, average in own.items():
                 self._average(average, values[key], count)
             if quantizer:
-                own = {key: x.view(1, *(x.shape or [1] * mine.dim())) for key, x in own.items()}
+                own = {key: x.unsqueeze(0) for key, x in own.items()}
                 own[""] = quantizer.quantize(own | {"unit": mine.new_ones(())})[0]
             mine.copy_(own[""])
         for buffer, value in zip(self.module.buffers(), model.buffers(), strict=True):
@@ -105,7 +105,7 @@ class AveragedModel(swa_utils.AveragedModel):
     def _buffer(self, name: str, mine: Tensor, value: Tensor) -> Tensor:
         if name not in self.averages._buffers:
             dtype = torch.promote_types(value.dtype, torch.float32)
-            self.averages.register_buffer(name, value.to(mine.device, dtype, copy=True))
+            self.averages.register_buffer(name, value.to(mine.device, dtype))
         return self.averages.get_buffer(name)
 
     def _average(self, mine: Tensor, value: Tensor, count: int) -> None:

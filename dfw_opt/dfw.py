@@ -1,7 +1,6 @@
 """The optimizers: :class:`FrankWolfe` with the settings that each kind of network needs."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -16,58 +15,41 @@ LR = 0.07
 
 _ARGS = r"""
     Args:
-        params: parameters, or groups of parameters that override the settings below;
-            :func:`~dfw_opt.param_groups` makes groups of a model.
+        params: parameters, or groups of them that override the settings below, such as those of
+            :func:`~dfw_opt.param_groups`.
         lr: :math:`\eta \ge 0`; a float or a 1-element tensor. In the spectral norm the *relative*
-            length of the longest step: at 1, a step may change every matrix by its own size. In the
-            Euclidean norm the paper's proximal coefficient, an upper limit of the learning rate.
-        momentum: :math:`\mu \in [0, 1)`. In the spectral norm that of the plane, one for all groups.
+            length of the longest step: at 1, a step may change every matrix by its own size. In
+            the Euclidean norm the paper's proximal coefficient, the largest learning rate.
+        momentum: :math:`\mu \in [0, 1)`. In the spectral norm that of the plane, one for all.
         weight_decay: :math:`\lambda \ge 0`; on a latent it acts on :math:`u`, on scales not at all.
             Not written into ``.grad``, and not part of the loss that is passed to ``step``.
         eps: :math:`\varepsilon \ge 0`, one for all groups.
         norm: ``"spectral"`` or ``"euclidean"``, one for all groups.
 """
-_BOX_ARGS = r"""
-        radius: :math:`R > 0` of the box :math:`[-R, R]^p`, or ``None`` for no box. Together,
-            ``quantizer=None, radius=None`` make a group plain :class:`DFW`, as biases and norms need.
+_BOX = r"""        radius: :math:`R > 0` of the box :math:`[-R, R]^p`, or ``None``. Together,
+            ``quantizer=None, radius=None`` make a group plain :class:`DFW`, as norms need.
         step_size: in the Euclidean norm: ``"exact"`` solves for :math:`\gamma` over the box;
-            ``"closed_form"`` takes that of :class:`DFW`, as if there were none, and projects after.
-        relaxation: :math:`\theta \in [0, 1]`, for a start with float weights: quantized parameters
-            hold :math:`(1 - \theta)\,Q(u) + \theta\,c\,u`. To be lowered to 0 over training by
-            :meth:`~dfw_opt.lifecycle.LatentOptimizer.relax`.
+            ``"closed_form"`` takes that of :class:`DFW`, as if there were none, and projects.
+        relaxation: :math:`\theta \in [0, 1]`, for a start with float weights, see
+            :mod:`dfw_opt.quantizers.relaxed`; to be lowered over training by ``relax()``.
 """
-_REST = r"""
-        process_group: over which ranks the loss is averaged, so that :math:`\gamma` is the same on
-            all of them: ``"world"``, all ranks, where ``torch.distributed`` is initialised when a
-            step is made; a ``ProcessGroup``; or ``None``, no others.
+_REST = r"""        process_group: over which ranks the loss is averaged, for one :math:`\gamma`:
+            ``"world"``, all, where ``torch.distributed`` is initialised when a step is made; a
+            ``ProcessGroup``; or ``None``, no others.
 
     Raises:
         TypeError: a parameter is not real floating point, or flattened by FSDP1; or
             ``process_group`` is none.
-        ValueError: a setting is out of range or of no use; the message names it. Or a parameter to
-            be quantized has fewer than two dimensions, or holds NaN or infinity.
+        ValueError: a setting is out of range or of no use; or a parameter to be quantized has
+            fewer than two dimensions, or holds NaN or infinity.
 """
 
-T = TypeVar("T", bound=type)
 
-
-def _documented(own: str = "", box: bool = True) -> Callable[[T], T]:
-    """Puts the shared description of arguments in the place of ``{arguments}``."""
-
-    def document(cls: T) -> T:
-        text = _ARGS.rstrip() + own.rstrip() + (_BOX_ARGS.rstrip() if box else "") + _REST
-        cls.__doc__ = (cls.__doc__ or "").replace("{arguments}", text.strip())
-        return cls
-
-    return document
-
-
-@_documented(box=False)
 class DFW(FrankWolfe):
-    r"""Deep Frank-Wolfe for float networks: a step whose size follows from the loss.
+    __doc__ = (
+        r"""Deep Frank-Wolfe for float networks: a step whose size follows from the loss.
 
-    At :math:`v`, with loss :math:`\ell` and gradient :math:`\delta` of the batch, look-ahead
-    :math:`g = \mu m + (1 - \mu)\delta` and :math:`\rho` the size of the variable,
+    With :math:`\ell` and :math:`\delta` the loss of the batch and its gradient at :math:`v`:
 
     .. math::
 
@@ -76,7 +58,7 @@ class DFW(FrankWolfe):
         &m \leftarrow \mu m + (1 - \mu)\,\delta, \qquad
             h \leftarrow \mu h_\text{left} + (1 - \mu)\,\ell\\
         &D = \rho\,\sqrt{\max(\text{rows}, \text{columns})}\;UV^\top,
-            \qquad U\Sigma V^\top = g\\
+            \qquad U\Sigma V^\top = \mu m + (1 - \mu)\,\delta\\
         &\gamma = \operatorname{clip}_{[0,1]}
             \frac{h - \sum\eta\langle m, \lambda v\rangle}
                  {\sum\eta\langle m, D\rangle + \varepsilon}
@@ -87,25 +69,20 @@ class DFW(FrankWolfe):
         &\rule{110mm}{0.4pt}
         \end{aligned}
 
-    with :math:`D = \rho\,g/\operatorname{rms}(g)` for vectors. The size :math:`\rho` of a matrix is
+    and :math:`D = \rho\,g/\operatorname{rms}(g)` for vectors. The size :math:`\rho` of a matrix is
     its root mean square at the start, at least :math:`0.1/\sqrt{\text{fan in}}`; that of a vector
-    :math:`0.1 \max(1, \operatorname{rms})`.
-
-    With ``norm="euclidean"`` this is the algorithm of the paper:
+    :math:`0.1 \max(1, \operatorname{rms})`. With ``norm="euclidean"``, the paper's algorithm:
 
     .. math::
 
-        \begin{aligned}
-        &\rule{110mm}{0.4pt}\\
-        &\gamma = \operatorname{clip}_{[0,1]}
-            \frac{\ell - \sum\eta\langle\delta, \lambda v\rangle}{\sum\eta\|\delta\|^2 + \varepsilon}\\
-        &z \leftarrow \mu z - \eta\gamma\,(\delta + \lambda v), \qquad
-            v \leftarrow v - \eta\,(\lambda v + \gamma\delta) + \mu z\\
-        &\rule{110mm}{0.4pt}
-        \end{aligned}
-
-    {arguments}
-
+        \gamma = \operatorname{clip}_{[0,1]} \frac{\ell - \sum\eta\langle\delta, \lambda v\rangle}
+            {\sum\eta\|\delta\|^2 + \varepsilon}, \quad
+        z \leftarrow \mu z - \eta\gamma\,(\delta + \lambda v), \quad
+            v \leftarrow v - \eta\,(\lambda v + \gamma\delta) + \mu z .
+    """
+        + _ARGS
+        + _REST
+        + r"""
     >>> import torch
     >>> model = torch.nn.Linear(4, 3)
     >>> optimizer = DFW(model.parameters())
@@ -119,6 +96,7 @@ class DFW(FrankWolfe):
     ICLR 2019 (arXiv 1811.07591), Algorithm 1; :mod:`dfw_opt.optimizer` and :mod:`dfw_opt.norms`
     have those of the spectral norm.
     """
+    )
 
     def __init__(
         self,
@@ -134,37 +112,26 @@ class DFW(FrankWolfe):
         super().__init__(params, _settings(locals()), process_group)
 
 
-@_documented(
-    r"""
-        quantizer: ``"binary"``; ``"uniform"`` for weights of ``bits`` bits, see
-            :mod:`dfw_opt.quantizers.uniform`; or ``None`` to keep the parameter itself in the box,
-            for models that quantize in their own layers.
-        bits: of a ``"uniform"`` weight, 2 to 8 (``None``: 4): :math:`2^\text{bits} - 1` levels."""
-)
 class ProjectedDFW(FrankWolfe):
-    r"""Deep Frank-Wolfe over a box, for binary weights and weights of a few bits.
+    __doc__ = (
+        r"""Deep Frank-Wolfe over a box, for binary weights and weights of a few bits.
 
     The box :math:`[-R, R]^p` is the relaxation of weights in :math:`\{-1, 1\}`. Each quantized
     parameter holds :math:`Q(u)`, for binary weights :math:`c\,a\,\operatorname{sign}(u)`, from
     construction on and after every step; its normalised latent :math:`u` is
     ``optimizer.state[p]["latent"]``, in float32. A step is that of :class:`DFW`, with gradients
     pulled back to the latents (:mod:`dfw_opt.quantizers`) and projected onto the box. In the
-    Euclidean norm the box takes part in :math:`\gamma`: with :math:`d = M^{-1}\delta`,
-
-    .. math::
-
-        \begin{aligned}
-        &\rule{110mm}{0.4pt}\\
-        &v(\gamma) = \Pi_{[-R, R]}\bigl(v - \eta\,(\lambda v + \gamma d)\bigr)\\
-        &\gamma\ \text{solves}\ \ell + \sum\langle d, v(\gamma) - v\rangle_M = \varepsilon\gamma
-            \ \text{on}\ [0, 1]\text{, or is the end point nearest to that}\\
-        &z \leftarrow \mu z - \eta\gamma\,(d + \lambda v), \qquad
-            v \leftarrow \Pi_{[-R, R]}\bigl(v - \eta\,(\lambda v + \gamma d) + \mu z\bigr)\\
-        &\rule{110mm}{0.4pt}
-        \end{aligned}
-
-    {arguments}
-
+    Euclidean norm the box takes part in :math:`\gamma` (:mod:`dfw_opt.step_size`).
+    """
+        + _ARGS
+        + r"""        quantizer: ``"binary"``; ``"uniform"`` for weights of ``bits`` bits, see
+            :mod:`dfw_opt.quantizers.uniform`; or ``None`` to keep the parameter itself in the box,
+            for models that quantize in their own layers.
+        bits: of a ``"uniform"`` weight, 2 to 8 (``None``: 4): :math:`2^\text{bits} - 1` levels.
+"""
+        + _BOX
+        + _REST
+        + r"""
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
     >>> import torch
@@ -178,6 +145,7 @@ class ProjectedDFW(FrankWolfe):
     Source: the poster *Binary Neural Networks* (Paren, Jaeckle, Berrada, Zisserman, Pawan Kumar);
     the quantizer from Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279).
     """
+    )
 
     def __init__(
         self,
@@ -198,25 +166,25 @@ class ProjectedDFW(FrankWolfe):
         super().__init__(params, _settings(locals()), process_group)
 
 
-@_documented(
-    r"""
-        quantizer: ``"ternary"``, ``"binary"`` or ``None``, as in :class:`ProjectedDFW`.
-        threshold: :math:`t \in [0, 1)`; weights with :math:`|u| \le t \max|u|` are 0."""
-)
 class TernaryDFW(FrankWolfe):
-    r"""Deep Frank-Wolfe for Trained Ternary Quantization: latents and scales in one step.
+    __doc__ = (
+        r"""Deep Frank-Wolfe for Trained Ternary Quantization: latents and scales in one step.
 
     Each quantized parameter holds :math:`Q(u) \in \{-c\,W_n,\ 0,\ c\,W_p\}`, from construction on
     and after every step. Its state has the normalised latent :math:`u` (``"latent"``, float32) and
-    the scales :math:`W_p` (``"scale_pos"``) and :math:`W_n` (``"scale_neg"``). All three are
-    variables of the step of :class:`ProjectedDFW`, with one :math:`\gamma`: latents in
-    :math:`[-R, R]`, scales bounded below by 0.001 and free of weight decay. They need no learning
-    rate of their own: in the spectral norm a scale moves by a tenth of its first value at most, in
-    the Euclidean norm, in the metric of the weights, by the mean gradient of its zone
-    (:mod:`dfw_opt.quantizers.ternary` has the formulas).
-
-    {arguments}
-
+    the scales :math:`W_p` (``"scale_pos"``) and :math:`W_n` (``"scale_neg"``), all trained by the
+    step of :class:`ProjectedDFW` with one :math:`\gamma`. Scales are at least 0.001 and need no
+    learning rate of their own: in the spectral norm they move by a tenth of their first value at
+    most, in the Euclidean norm, in the metric of the weights, by the mean gradient of their zone
+    (:mod:`dfw_opt.quantizers.ternary`).
+    """
+        + _ARGS
+        + r"""        quantizer: ``"ternary"``, ``"binary"``, ``None``, as in :class:`ProjectedDFW`.
+        threshold: :math:`t \in [0, 1)`; weights with :math:`|u| \le t \max|u|` are 0.
+"""
+        + _BOX
+        + _REST
+        + r"""
     A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
     >>> import torch
@@ -230,6 +198,7 @@ class TernaryDFW(FrankWolfe):
     Source: Zhu et al., *Trained Ternary Quantization*, ICLR 2017 (arXiv 1612.01064), trained as
     in the poster *Binary Neural Networks* (Paren, Jaeckle, Berrada, Zisserman, Pawan Kumar).
     """
+    )
 
     def __init__(
         self,
@@ -251,7 +220,7 @@ class TernaryDFW(FrankWolfe):
 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor that are settings of groups, and how a tensor is to be read."""
+    """Those arguments of a constructor that groups have, and how their tensors are to be read."""
     others = ("self", "params", "process_group", "__class__")
     own = {name: value for name, value in arguments.items() if name not in others}
     channels = {"scale_axis": 0, "scale_groups": 1} if "quantizer" in own else {}

@@ -7,6 +7,7 @@ the dtype that it had.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -239,10 +240,13 @@ class LatentOptimizer(Optimizer):
         self._gather: Callable[[list[Tensor]], Tensor] = torch.stack
         self._norm: Callable[..., Sequence[Tensor]] = torch._foreach_norm
         self._copy: Callable[..., None] = torch._foreach_copy_
-        self._steepest: Callable[[list[norms.Plane]], list[Tensor]] = norms.steepest
+        medium = torch.get_float32_matmul_precision() == "medium"  # torch's word for bfloat16
+        self._steepest: Callable[[list[norms.Plane]], list[Tensor]] = partial(
+            norms.steepest, products=torch.bfloat16 if medium else None
+        )
         self._settle: Callable[..., Tensor] = lambda x, whole=False: x
 
-    def _loss(self, closure: Any, loss: Any) -> tuple[Any, Tensor]:
+    def _loss(self, closure: Any, loss: Any) -> tuple[Tensor | float | None, Tensor]:
         """What a step is to return, and the loss by which to step, the same on all ranks."""
         if loss is not None and callable(closure) and closure() is None:
             closure = None  # Lightning adds one that does nothing, in manual optimization
@@ -279,4 +283,3 @@ class LatentOptimizer(Optimizer):
 def named(variable: str, key: str) -> str:
     """Where the state keeps ``key`` of a variable: the parameter (""), its latent, a scale."""
     return key if variable in ("", "latent") else f"{variable}_{key}"
-

@@ -30,15 +30,20 @@ NEWTON_SCHULZ = (
     (3.5056, -2.6267, 0.5257),
     (2.4901, -1.8343, 0.4368),
 )
-"""Coefficients (a, b, c) of each iteration: those polynomials that together take singular values in
-[0.003, 1], in units of the Frobenius norm, as near to 1 as four can: to between 0.8 and 1.204, and
-lesser ones to less. Each is the minimax polynomial of the interval that the ones before leave
+"""Coefficients (a, b, c) of each iteration, of those polynomials that together take singular values
+in [0.003, 1], in units of the Frobenius norm, as near to 1 as four can: to between 0.8 and 1.204,
+and lesser ones to less. Each is the minimax polynomial of the interval that the ones before leave
 (Amsel, Persson, Musco, Gower, *The Polar Express*, 2025, arXiv 2505.16932, Theorem 3.1)."""
 
 _TINY = 1e-30
 
 
-def spectral(gradient: Tensor, layout: str = "matrix", present: Tensor | None = None) -> Tensor:
+def spectral(
+    gradient: Tensor,
+    layout: str = "matrix",
+    present: Tensor | None = None,
+    products: torch.dtype | None = None,
+) -> Tensor:
     r"""The steepest direction, of root mean square 1 at full rank, for each tensor of a batch.
 
     - ``"matrix"``: first dimension × the rest, as layers multiply by them:
@@ -52,24 +57,27 @@ def spectral(gradient: Tensor, layout: str = "matrix", present: Tensor | None = 
         layout: how each of the tensors is to be read.
         present: for ``"rows"``: the gradient of this batch alone. A row with none stays, since the
             mean would go on pushing it in a direction that nothing has asked for.
+        products: as for :func:`polar`.
     """
     if layout == "rows" and gradient.dim() > 2:
         direction = _normalised(gradient, dims=tuple(range(2, gradient.dim())))
         if present is not None:
-            direction = direction * present.flatten(2).ne(0).any(2).view(direction.shape[:2] + (1,) * (direction.dim() - 2))
+            direction = direction * present.flatten(2).ne(0).any(2).view(
+                direction.shape[:2] + (1,) * (direction.dim() - 2)
+            )
         return direction
     if gradient.dim() <= 2:
         return _normalised(gradient, dims=tuple(range(1, gradient.dim())))
     matrix = gradient.flatten(0, -3) if layout == "stack" else gradient.flatten(2)
-    return (math.sqrt(max(matrix.shape[1:])) * polar(matrix)).view_as(gradient)
+    return (math.sqrt(max(matrix.shape[1:])) * polar(matrix, products)).view_as(gradient)
 
 
-def steepest(planes: list[Plane]) -> list[Tensor]:
+def steepest(planes: list[Plane], products: torch.dtype | None = None) -> list[Tensor]:
     """:func:`spectral` of each. Uses the list up."""
-    return [spectral(*planes.pop(0)) for _ in range(len(planes))]
+    return [spectral(*planes.pop(0), products) for _ in range(len(planes))]
 
 
-def polar(matrix: Tensor) -> Tensor:
+def polar(matrix: Tensor, products: torch.dtype | None = None) -> Tensor:
     r""":math:`UV^\top` of the singular value decomposition :math:`U\Sigma V^\top`, nearly.
 
     Four Newton-Schulz iterations :math:`X \leftarrow aX + b(XX^\top)X + c(XX^\top)^2X`, with
@@ -78,18 +86,18 @@ def polar(matrix: Tensor) -> Tensor:
 
     .. math:: P = aI + bA + cA^2, \qquad A \leftarrow PAP, \qquad Q \leftarrow PQ,
 
-    and :math:`X` is multiplied once, by :math:`Q`. A matrix of zeros stays what it is. After
-    ``torch.set_float32_matmul_precision("medium")``, the others are made in bfloat16.
+    and :math:`X` is multiplied once, by :math:`Q`. A matrix of zeros stays what it is.
 
     Args:
         matrix: shape ``(batch, rows, columns)``, float32 or wider.
+        products: the dtype in which iterations on :math:`X` are made; those on :math:`A`, which
+            lose more, are made in that of ``matrix``.
     """
     if matrix.shape[1] > matrix.shape[2]:
-        return polar(matrix.mT).mT
+        return polar(matrix.mT, products).mT
     x = _normalised(matrix, dims=(1, 2)) / math.sqrt(matrix.shape[1] * matrix.shape[2])
     if matrix.shape[2] < 2 * matrix.shape[1]:
-        if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
-            x = x.bfloat16()
+        x = x if products is None or x.dtype == torch.float64 else x.to(products)
         for a, b, c in NEWTON_SCHULZ:
             gram = torch.bmm(x, x.mT)
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -32,14 +32,14 @@ state, the dual variable :math:`u`, to which gradients are pulled back (:mod:`df
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from dfw_opt.lifecycle import LatentOptimizer, named
 from dfw_opt.norms import Plane
-from dfw_opt.quantizers import Quantizer, State, quantizer_of
+from dfw_opt.quantizers import SCALE_MIN, Quantizer, State, quantizer_of
 from dfw_opt.step_size import closed_form, exact
 from dfw_opt.variables import Variable, wide
 
@@ -61,6 +61,7 @@ _ALIKE = (
     *("radius", "step_size", "layout", "scale_axis", "scale_groups"),
 )
 
+T = TypeVar("T")
 Batch = tuple[dict[str, Any], list[Tensor]]
 """Parameters of one shape that are trained alike, and a group that says how."""
 
@@ -100,8 +101,8 @@ class FrankWolfe(LatentOptimizer):
         Raises:
             TypeError: both of ``closure`` and ``loss`` were given, or neither and none is watched;
                 or the loss is not a number.
-            ValueError: the loss is not a scalar; or a setting of a group has been changed to what it
-                may not be.
+            ValueError: the loss is not a scalar; or a setting of a group has been changed to what
+                it may not be.
             RuntimeError: a gradient is sparse; or the watched module has taken part in no
                 ``backward()`` since the last step.
 
@@ -112,13 +113,13 @@ class FrankWolfe(LatentOptimizer):
         norm, mu, eps = (self.param_groups[0][key] for key in ("norm", "momentum", "eps"))
         batches = [*self._batches()]
         gradients = [[wide(p.grad) for p in params] for _, params in batches]  # type: ignore[arg-type]
-        norms = self._norm([g for grads in gradients for g in grads]) if batches else []
-        skip = ~self._gather([ell, *norms]).isfinite().all()
+        sizes = self._norm([g for grads in gradients for g in grads]) if batches else []
+        skip = ~self._gather([ell, *sizes]).isfinite().all()
         if (known := self._read(skip)) is True:
-            return self._report(result, gamma=torch.full_like(ell, math.nan), skip=skip)
+            return self._report(result, torch.full_like(ell, math.nan), skip)
 
         h, first = ell, self._height.isnan()  # before the first step there is no plane
-        if spectral := norm == "spectral":
+        if norm == "spectral":
             h = torch.where(first, ell, mu * self._height + (1 - mu) * ell)
         variables = self._variables(batches, gradients, first, None if known is False else skip)
         decay, full = self._dual_terms(variables)
@@ -126,7 +127,7 @@ class FrankWolfe(LatentOptimizer):
         if boxed := [v for v in variables if v.searched]:
             straight = self._dual_terms([v for v in variables if not v.searched])
             gamma = exact(h - straight[0], boxed, gamma, straight[1] + eps, self._total)
-        if spectral:
+        if norm == "spectral":
             left = (h - decay - gamma * full).clamp(min=0)
             self._height.copy_(torch.where(skip, self._height, left))
         taken = self._read(gamma.masked_fill(skip, 0))
@@ -154,11 +155,7 @@ class FrankWolfe(LatentOptimizer):
                 yield group, params[start : start + size]
 
     def _variables(
-        self,
-        batches: Sequence[Batch],
-        gradients: Sequence[Sequence[Tensor]],
-        first: Tensor,
-        skip: Tensor | None,
+        self, batches: Sequence[Batch], gradients: Any, first: Tensor, skip: Tensor | None
     ) -> list[Variable]:
         """What is trained, with its plane and its direction."""
         variables: dict[Any, Variable] = {}
@@ -166,104 +163,83 @@ class FrankWolfe(LatentOptimizer):
         planes: list[Plane] = []
         for (group, params), grads in zip(batches, gradients, strict=True):
             if skip is not None:  # infinity must not reach the means, whatever it is multiplied by
-                grads = self._stack(grads).masked_fill(skip, 0).unbind()
-            quantizer = quantizer_of(group)
-            for key, delta, metric in self._pull_back(group, params, grads, quantizer):
-                scales = quantizer if quantizer is not None and key in quantizer.scales else None
-                variable = self._variable_of(variables, group, params[0], scales)
+                batch = self._stack(grads)
+                grads = batch.masked_fill(skip.to(batch).bool(), 0).unbind()
+            mu, euclidean = group["momentum"], group["norm"] == "euclidean"
+            for key, delta, metric in self._pull_back(group, params, grads):
+                variable = self._variable_of(variables, group, params[0], key)
                 values = [self.state[p][key] for p in params] if key else params
-                if group["norm"] == "euclidean":
+                if euclidean:
+                    z = self._kept(params, key, "momentum_buffer") if mu else []
                     directions = delta if metric is None else (delta / metric).unbind()
-                    z = self._velocity(group, params, key)
                     variable.add(values, directions, metric=metric, velocity=z)
                     continue
-                mu, plane = group["momentum"], self._kept(params, key, "mean_gradient")
+                plane = self._kept(params, key, "mean_gradient")
                 share = torch.full_like(self._gamma, 1 - mu).masked_fill(first, 1)
-                share = share if skip is None else share.masked_fill(skip, 0)
+                share = (share if skip is None else share.masked_fill(skip, 0)).to(delta)
                 torch._foreach_mul_(plane, 1 - share)
                 torch._foreach_add_(plane, (share * delta).unbind())
-                size = self._stack(self._kept(params, key, "size")).view(-1, *[1] * (delta.dim() - 1))
-                spectral.append((variable, values, plane, size))
                 ahead = torch.lerp(delta, self._stack(plane), mu)  # Nesterov
-                planes.append((ahead, group["layout"], delta if group["layout"] == "rows" else None))
-        for (variable, values, plane, size), D in zip(spectral, self._steepest(planes), strict=True):
+                planes.append((ahead, group["layout"], delta))
+                size = self._stack(self._kept(params, key, "size"))
+                spectral.append((variable, values, plane, _like(size, delta)))
+        directions = self._steepest(planes)
+        for (variable, values, plane, size), D in zip(spectral, directions, strict=True):
             variable.add(values, D.mul_(size).unbind(), plane)
         return [*variables.values()]
 
     def _pull_back(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: Sequence[Tensor],
-        quantizer: Quantizer | None,
+        self, group: dict[str, Any], params: list[Tensor], grads: Sequence[Tensor]
     ) -> Iterator[tuple[str, Any, Tensor | None]]:
         r"""State key, :math:`\delta` and :math:`M` of all that is trained for ``params``."""
-        if quantizer is not None:
-            state = self._stacked(quantizer, [self.state[p] for p in params])
-            for key, (delta, metric) in quantizer.pull_back(self._stack(grads), state).items():
+        if (quantizer := quantizer_of(group)) is not None:
+            pulled = quantizer.pull_back(self._stack(grads), self._stacked(quantizer, params))
+            for key, (delta, metric) in pulled.items():
                 yield key, self._settle(delta), self._settle(metric)
         else:  # in the Euclidean norm D is the gradient itself, of which no copy is needed
             yield "", grads if group["norm"] == "euclidean" else self._stack(grads), None
 
-    def _velocity(self, group: dict[str, Any], params: list[Tensor], key: str) -> list[Tensor]:
-        """The momentum buffers, if momentum is kept; it may have been 0 until now."""
-        name = named(key, "momentum_buffer")
-        if not group["momentum"]:
-            return []
-        for p in params:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(self.state[p][key] if key else wide(p))
-        return self._kept(params, key, "momentum_buffer")
-
     def _kept(self, params: list[Tensor], variable: str, key: str) -> list[Tensor]:
-        return [self.state[p][named(variable, key)] for p in params]
+        """What is kept for a variable; zeros if that has not been kept until now."""
+        name = named(variable, key)
+        for state, p in ((self.state[p], p) for p in params if name not in self.state[p]):
+            state[name] = torch.zeros_like(state[variable] if variable else wide(p))
+        return [self.state[p][name] for p in params]
 
     def _variable_of(
-        self,
-        variables: dict[Any, Variable],
-        group: dict[str, Any],
-        p: Tensor,
-        of_scales: Quantizer | None = None,
+        self, variables: dict[Any, Variable], group: dict[str, Any], p: Tensor, key: str
     ) -> Variable:
-        """The one in which a parameter and its like, or their scales, are trained."""
-        lr, radius = group["lr"], group.get("radius")
-        upper = math.inf if radius is None or of_scales is not None else radius
-        lower = -upper if of_scales is None else of_scales.scale_min
-        settings = [group.get(key) for key in ("weight_decay", "momentum", "step_size")]
-        lr_or_group = id(group) if isinstance(lr, Tensor) else lr
-        key = (lr_or_group, lower, upper, *settings, *self._place(p)[1:])
-        if key not in variables:
-            exact_search = group["norm"] == "euclidean" and group.get("step_size") == "exact"
-            variables[key] = Variable(
-                lr=self._read(lr.reshape(()).to(self._gamma)) if isinstance(lr, Tensor) else lr,
-                # A scale is not pulled towards 0: two levels would merge.
-                weight_decay=0.0 if of_scales is not None else group["weight_decay"],
-                momentum=group["momentum"],
-                lower=lower,
-                upper=upper,
-                searched=exact_search and lower > -math.inf,
-                stack=self._stack,
-            )
-        return variables[key]
+        """The one in which ``key`` of a parameter is trained together with its like."""
+        lr, radius, scale = group["lr"], group.get("radius"), key not in ("", "latent")
+        upper = math.inf if radius is None or scale else radius
+        lower = SCALE_MIN if scale else -upper
+        # A scale is not pulled towards 0: two levels would merge.
+        decay, mu = 0.0 if scale else group["weight_decay"], group["momentum"]
+        searched = group["norm"] == "euclidean" and group.get("step_size") == "exact"
+        kind = (id(lr) if isinstance(lr, Tensor) else lr, decay, mu, lower, upper, searched)
+        if (place := (*kind, *self._place(p)[1:])) not in variables:
+            eta = self._read(lr.reshape(()).to(self._gamma)) if isinstance(lr, Tensor) else lr
+            searched = searched and lower > -math.inf
+            variables[place] = Variable(eta, decay, mu, lower, upper, searched, self._stack)
+        return variables[place]
 
-    def _stacked(self, quantizer: Quantizer, states: list[State]) -> State:
-        """A batch of states as one."""
+    def _stacked(self, quantizer: Quantizer, params: list[Tensor]) -> State:
+        """The states of a batch of parameters as one."""
+        states = [self.state[p] for p in params]
         latent = self._settle(self._stack([state["latent"] for state in states]), whole=True)
-        numbers = [1] * (latent.dim() - 1)
-        return {"latent": latent} | {
-            key: self._stack([state[key] for state in states]).view(-1, *numbers)
+        numbers = {
+            key: _like(self._stack([state[key] for state in states]), latent)
             for key in ("unit", *quantizer.scales)
         }
+        return {"latent": latent, **numbers}
 
     def _quantize(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Writes :math:`Q(u)` into the model."""
-        quantizer = quantizer_of(group)
-        if quantizer is None:
+        if (quantizer := quantizer_of(group)) is None:
             return
-        states = [self.state[p] for p in params]
-        if quantizer.leveled and group.get("radius") is not None:
-            self._widen(states, group.get("radius"))
-        self._copy(params, quantizer.quantize(self._stacked(quantizer, states)).unbind())
+        if quantizer.leveled and group["radius"] is not None:
+            self._widen([self.state[p] for p in params], group["radius"])
+        self._copy(params, quantizer.quantize(self._stacked(quantizer, params)).unbind())
 
     def _widen(self, states: list[State], radius: float) -> None:
         r"""Doubles the unit of latents that crowd at the bounds: their levels can grow no more.
@@ -275,10 +251,10 @@ class FrankWolfe(LatentOptimizer):
         latent = self._stack([state["latent"] for state in states])
         size = latent.abs().sum(tuple(range(1, latent.dim()))) / latent[0].numel()
         half = torch.where(size > 0.75 * radius, 0.5, 1.0).unbind()
-        for key in ("latent", "size", "momentum_buffer", "unit", "mean_gradient"):
-            if key in states[0]:
-                change = torch._foreach_div_ if key in ("unit", "mean_gradient") else torch._foreach_mul_
-                change([state[key] for state in states], half)
+        for key in states[0].keys() & {"latent", "size", "momentum_buffer"}:
+            torch._foreach_mul_([state[key] for state in states], half)
+        for key in states[0].keys() & {"unit", "mean_gradient"}:
+            torch._foreach_div_([state[key] for state in states], half)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -297,16 +273,14 @@ class FrankWolfe(LatentOptimizer):
             state = {"latent": latent, **numbers}
             values = {key: state[key] for key in ("latent", *quantizer.scales)}
         for key, value in values.items():
-            if group["norm"] == "euclidean":
-                if group["momentum"]:
-                    state[named(key, "momentum_buffer")] = torch.zeros_like(value)
-                continue
-            state[named(key, "mean_gradient")] = torch.zeros_like(value)
-            state[named(key, "size")] = self._size(key, value, state)
+            if group["norm"] == "spectral":
+                state[named(key, "mean_gradient")] = torch.zeros_like(value)
+                state[named(key, "size")] = self._size(key, value, state)
+            elif group["momentum"]:
+                state[named(key, "momentum_buffer")] = torch.zeros_like(value)
         if state:
             self.state[p] = state
-        if quantizer is not None:
-            self._quantize(group, [p])
+        self._quantize(group, [p])
 
     def _size(self, key: str, value: Tensor, state: State) -> Tensor:
         r""":math:`\rho`, the length of a step at :math:`\eta = \gamma = 1`."""
@@ -327,10 +301,15 @@ class FrankWolfe(LatentOptimizer):
         both = self._gather(decay + full)
         return both[: len(decay)].sum(), both[len(decay) :].sum()
 
-    def _total(self, terms: Sequence[Tensor]) -> Tensor:
+    def _total(self, terms: list[Tensor]) -> Tensor:
         return self._gather(terms).sum() if terms else torch.zeros_like(self._gamma)
 
-    def _report(self, result: Any, gamma: Tensor, skip: Tensor) -> Any:
+    def _report(self, result: T, gamma: Tensor, skip: Tensor) -> T:
         self._gamma.copy_(gamma)
         self._skipped.add_(skip)
         return result
+
+
+def _like(numbers: Tensor, batch: Tensor) -> Tensor:
+    """A number for each tensor of a batch, to broadcast over it."""
+    return numbers.view(-1, *[1] * (batch.dim() - 1))

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -28,21 +28,16 @@ from dfw_opt import norms
 
 if TYPE_CHECKING:
     from dfw_opt.lifecycle import LatentOptimizer
-
-if dist.is_available():
+if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup
 else:
-
-    class ProcessGroup:  # type: ignore[no-redef]
-        """What a torch that was built without torch.distributed has no instance of."""
-
+    ProcessGroup = type("ProcessGroup", (), {})  # of which there is none
 
 __all__ = [
     *("Ranks", "adapt", "agreed", "all_finite", "check_process_group", "is_probe", "is_sharded"),
     *("local", "mean_loss", "place", "placed_alike", "placed_as_state", "whole"),
 ]
 
-T = TypeVar("T")
 Ranks = ProcessGroup | Literal["world"] | None
 """Over which ranks a loss is averaged: all, those of a group, or no others."""
 
@@ -64,7 +59,7 @@ def mean_loss(optimizer: "LatentOptimizer", loss: Any) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         groups: list[Any] = [None] if among == "world" else [among] if among is not None else []
         if among != "world":  # ranks that share a parameter cannot have a step of their own
-            groups += [group for mesh in _meshes(optimizer)[:1] for group in mesh.get_all_groups()]
+            groups += [g for mesh in _mesh(_params(optimizer)) for g in mesh.get_all_groups()]
         for group in groups:
             if (ranks := dist.get_world_size(group)) > 1:
                 ell = ell.clone()
@@ -82,7 +77,7 @@ def _beside(optimizer: "LatentOptimizer", loss: Any) -> Tensor:
         for name in ("_gamma", "_height", "_skipped"):
             setattr(optimizer, name, getattr(optimizer, name).to(p.device))
     if isinstance(loss, Tensor):
-        return whole(loss.detach()).reshape(()).to(optimizer._gamma)
+        return cast(Tensor, whole(loss.detach()).reshape(()).to(optimizer._gamma))
     # This waits for no device; and torch refuses to round what no float32 can hold.
     return torch.full_like(optimizer._gamma, loss if abs(loss) < 3e38 else float("inf") * loss)
 
@@ -103,16 +98,14 @@ def all_finite(x: Tensor) -> bool:
     return bool(whole((~x.isfinite()).sum()) == 0)
 
 
-def agreed(optimizer: "LatentOptimizer", check: Callable[[], T]) -> T:
-    """The result of a check that sends no message. Where it raises on one rank, it does on all
-    that share parameters.
-    """
-    error: Exception | None = None
+def agreed(optimizer: "LatentOptimizer", check: Callable[[], Any]) -> Any:
+    """The result of a check that sends no message. All ranks raise where one does."""
+    result, error = None, None
     try:
         result = check()
     except Exception as raised:
         error = raised
-    for mesh in _meshes(optimizer)[:1]:
+    for mesh in _mesh(_params(optimizer)):
         failed = torch.full((), float(error is not None), device=mesh.device_type)
         if whole(_spread(failed, mesh)) and error is None:
             error = ValueError("another rank cannot load this checkpoint, and says why")
@@ -121,24 +114,19 @@ def agreed(optimizer: "LatentOptimizer", check: Callable[[], T]) -> T:
     return result
 
 
-# Parameters in parts ------------------------------------------------------------------------------
-
-
 def is_sharded(x: Tensor) -> bool:
     """Whether ``x`` is a DTensor. (Its class need not have been imported for this.)"""
     return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
 
 
-def whole(x: Any) -> Tensor:
+def whole(x: Any) -> Any:
     """All of ``x``, on each process."""
-    full: Tensor = x.full_tensor() if is_sharded(x) else x
-    return full
+    return x.full_tensor() if is_sharded(x) else x
 
 
-def local(x: Any) -> Tensor:
+def local(x: Any) -> Any:
     """What this process has of ``x``."""
-    part: Tensor = x.to_local() if is_sharded(x) else x
-    return part
+    return x.to_local() if is_sharded(x) else x
 
 
 def place(p: Any, state: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -165,9 +153,8 @@ def place(p: Any, state: dict[str, Tensor]) -> tuple[Any, ...]:
 
 def placed_alike(x: Any, other: Any) -> bool:
     """Whether processes hold the same parts of ``x`` as of ``other``; both are sharded, or none."""
-    if not (is_sharded(x) and is_sharded(other)):
-        return is_sharded(x) == is_sharded(other)
-    return bool(x.device_mesh == other.device_mesh and x.placements == other.placements)
+    a, b = ((y.device_mesh, y.placements) if is_sharded(y) else () for y in (x, other))
+    return a == b
 
 
 def placed_as_state(x: Tensor, p: Any) -> Tensor:
@@ -189,10 +176,10 @@ def _params(optimizer: "LatentOptimizer") -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _meshes(optimizer: "LatentOptimizer") -> list[Any]:
-    """Those of the parameters, that of the most ranks first."""
-    meshes = {getattr(p, "device_mesh", None) for p in _params(optimizer)} - {None}
-    return sorted(meshes, key=lambda mesh: -mesh.size())
+def _mesh(tensors: Sequence[Tensor]) -> list[Any]:
+    """The mesh of the most ranks, if there is one."""
+    meshes: set[Any] = {getattr(x, "device_mesh", None) for x in tensors} - {None}
+    return [max(meshes, key=lambda mesh: mesh.size())] if meshes else []
 
 
 def _spread(x: Tensor, mesh: Any, placement: str = "Partial") -> Tensor:
@@ -206,8 +193,7 @@ def _spread(x: Tensor, mesh: Any, placement: str = "Partial") -> Tensor:
 def _norms(tensors: Sequence[Any]) -> list[Tensor]:
     """What is finite where all tensors are, on all ranks. A sum, for a maximum may lose NaN."""
     found = [(norm * 0).float() for norm in torch._foreach_norm([*map(local, tensors)])]
-    meshes = sorted({x.device_mesh for x in tensors if is_sharded(x)}, key=lambda m: m.size())
-    return [_spread(torch.stack(found).sum(), meshes[-1])] if meshes else found
+    return [_spread(torch.stack(found).sum(), mesh) for mesh in _mesh(tensors)] or found
 
 
 def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -224,13 +210,15 @@ def _settled(x: Any, whole: bool = False) -> Any:
         return x
     from torch.distributed.tensor import Replicate
 
-    def gathered(axis: int, p: Any) -> bool:
-        if p.is_partial() or p.is_replicate() or not whole:
-            return bool(p.is_partial())
-        return _parts(x.shape[p.dim], x.device_mesh.size(axis))[-1] == 0
-
-    places = enumerate(x.placements)
-    return _redistributed(x, [Replicate() if gathered(i, p) else p for i, p in places])
+    placements: list[Any] = [Replicate() if p.is_partial() else p for p in x.placements]
+    for i, p in enumerate(placements):
+        if (
+            whole
+            and not p.is_replicate()
+            and _parts(x.shape[p.dim], x.device_mesh.size(i))[-1] == 0
+        ):
+            placements[i] = Replicate()
+    return _redistributed(x, placements)
 
 
 def _parts(length: int, ranks: int) -> list[int]:
@@ -245,21 +233,15 @@ def _redistributed(x: Any, placements: Sequence[Any]) -> Any:
 
 def _gather(terms: Sequence[Any]) -> Tensor:
     """Numbers on any device, or partial sums, as one plain tensor: a message for terms alike."""
-    result: dict[int, Tensor] = {}
+    result = {i: term for i, term in enumerate(terms) if not is_sharded(term)}
     alike: dict[Any, list[int]] = {}
-    for i, term in enumerate(terms):
-        if is_sharded(term):
-            alike.setdefault((type(term), term.device_mesh, term.placements), []).append(i)
-        else:
-            result[i] = term
+    for i, x in ((i, term) for i, term in enumerate(terms) if i not in result):
+        alike.setdefault((type(x), x.device_mesh, x.placements), []).append(i)
     for (kind, mesh, placements), indices in alike.items():
         parts = torch.stack([local(terms[i]) for i in indices])
         settled = whole(kind.from_local(parts, mesh, placements, run_check=False))
         result |= dict(_pairs(indices, settled.unbind()))
     return torch.stack([result[i].to(result[0]) for i in range(len(terms))])
-
-
-# Matrices, shared out -----------------------------------------------------------------------------
 
 
 def _steepest(planes: list[norms.Plane]) -> list[Tensor]:
@@ -280,6 +262,7 @@ def _steepest(planes: list[norms.Plane]) -> list[Tensor]:
             own = local(gradient)
             own.copy_(norms.spectral(own, layout, None if present is None else local(present)))
         elif rows:
+            present = _redistributed(present, [Replicate()] * len(placements))
             directions[i] = norms.spectral(gradient, layout, present)
         else:  # over one axis of the mesh; along others each does the same
             one = [Shard(p.dim) if a == axes[0] else Replicate() for a, p in enumerate(placements)]
@@ -287,8 +270,8 @@ def _steepest(planes: list[norms.Plane]) -> list[Tensor]:
             alike.setdefault((directions[i].device_mesh, axes[0], gradient.dtype), []).append(i)
     for (mesh, axis, _), indices in alike.items():
         _share_out([directions[i] for i in indices], [planes[i][1] for i in indices], mesh, axis)
-    placed = [(D, getattr(plane[0], "placements", None)) for D, plane in _pairs(directions, planes)]
-    return [D if placements is None else _redistributed(D, placements) for D, placements in placed]
+    placed = [getattr(plane[0], "placements", None) for plane in planes]
+    return [_redistributed(D, there) if there else D for D, there in _pairs(directions, placed)]
 
 
 def _share_out(gradients: list[Any], layouts: list[str], mesh: Any, axis: int) -> None:

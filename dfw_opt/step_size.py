@@ -11,10 +11,10 @@ left:
     v(\gamma) = \Pi_C\bigl(v - \eta\,(\lambda v + \gamma D)\bigr) .
 
 :math:`h` is the plane's height at :math:`v`, :math:`m` its gradient, :math:`D` the steepest
-direction. Without constraints the slope is a straight line, and its root has a closed form. In a box
-it is convex and piecewise linear, as every :math:`v` is in the box: Newton's method from the closed
-form climbs to the root and never passes it. Clipping the closed form into the box afterwards is
-*not* the same, for it ignores that blocked weights stop contributing.
+direction. Without constraints the slope is a straight line, and its root has a closed form. In a
+box it is convex and piecewise linear, as every :math:`v` is in the box: Newton's method from the
+closed form climbs to the root and never passes it. Clipping the closed form into the box afterwards
+is *not* the same, for it ignores that blocked weights stop contributing.
 
 Source: Berrada, Zisserman, Pawan Kumar, *Deep Frank-Wolfe for Neural Network Optimization*, ICLR
 2019 (arXiv 1811.07591), Section 3 and Algorithm 1; the search in the box is ours.
@@ -39,7 +39,8 @@ def closed_form(height: Tensor, decay: Tensor, full: Tensor, eps: float) -> Tens
     .. math::
 
         \gamma = \operatorname{clip}_{[0,1]}
-            \frac{h - \sum\eta\langle m, \lambda v\rangle}{\sum\eta\langle m, D\rangle + \varepsilon}.
+            \frac{h - \sum\eta\langle m, \lambda v\rangle}
+                 {\sum\eta\langle m, D\rangle + \varepsilon}.
 
     Args:
         height: :math:`h`, 0-dim.
@@ -57,8 +58,8 @@ def exact(
     height: Tensor,
     variables: Sequence[Variable],
     start: Tensor,
-    eps: float,
-    total: Callable[[Sequence[Tensor], Tensor], Tensor],
+    eps: float | Tensor,
+    total: Callable[[list[Tensor]], Tensor],
 ) -> Tensor:
     r"""The root of :math:`\varphi'` on :math:`[0, 1]` in a box, or the end nearest to it.
 

@@ -32,7 +32,7 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype.itemsize >= 4 else x.float()
 
 
-def add_(targets: Sequence[Tensor], sources: Sequence[Tensor], factor: float | Tensor) -> None:
+def add_(targets: list[Tensor], sources: list[Tensor], factor: float | Tensor) -> None:
     """``targets += factor * sources``, in place."""
     if isinstance(factor, Tensor):
         torch._foreach_add_(targets, torch._foreach_mul(sources, factor))
@@ -89,9 +89,8 @@ class Variable:
         self.velocities += velocity
 
     def dual_terms(self) -> tuple[list[Tensor], list[Tensor]]:
-        r""":math:`\eta\langle m, \lambda v\rangle` and :math:`\eta\langle m, D\rangle` of each batch.
-
-        What decay and the full step take from the plane; no terms where there is no decay.
+        r""":math:`\eta\langle m, \lambda v\rangle`, if there is decay, and
+        :math:`\eta\langle m, D\rangle` of each batch: what they take from the plane.
         """
         decay, full = [], []
         for values, D, m in self._batches():
@@ -108,7 +107,7 @@ class Variable:
         slopes, bends = [], []
         for values, D, m in self._batches():
             v = self._stacked(values)
-            step = -self.lr * gamma * D
+            step = -self.lr * gamma.to(D) * D
             if self.weight_decay:
                 step = step - self.lr * self.weight_decay * v
             # Steps, not places, are compared and summed: v(γ) − v would lose a small step's digits.
@@ -123,6 +122,7 @@ class Variable:
         """The module's formulas, in place; where ``counts`` is 0 rather than 1, nothing changes."""
         values = [v for batch in self.values for v in batch]
         D, z = [d for batch in self.directions for d in batch], self.velocities
+        gamma, counts = (x.to(D[0]) if isinstance(x, Tensor) else x for x in (gamma, counts))
         full, decay = -self.lr * gamma, -self.lr * self.weight_decay * counts
         if z:
             torch._foreach_mul_(z, 1 - (1 - self.momentum) * counts)
@@ -161,4 +161,5 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     if a is not b:
         return (a * b).sum()
     rows = a.flatten(2) if a.dim() > 2 else a.unsqueeze(-1)
-    return torch.linalg.vector_norm(rows, dim=-1).square().sum()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return norms.square().sum()

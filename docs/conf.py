@@ -52,6 +52,7 @@ nitpick_ignore_regex = [
         r"(bool|bytes|dict|float|int|list|object|str|tuple|type|None|Any|Callable|Iterable)",
     ),
     (r"py:exc", r".*(Error|Warning|Exception)"),
+    (r"py:data", r"NEWTON_SCHULZ"),
     # What an optimizer has is in two files, whose classes name each other's members.
     (r"py:(meth|attr)", r"(step|watch_loss|gamma|skipped_steps)"),
 ]

@@ -196,8 +196,8 @@ def draw_plane(data: Data) -> Figure:
     axis.plot(steps, data["averaged"], "C0", linewidth=2)
     axis.set_title("γ, the share of the full step", **TITLE)
     axis.text(70, 0.86, "plane of the batch", color="C1")
-    axis.text(34, 0.02, "averaged plane", color="C0")
-    axis.set(xlabel="step", ylim=(-0.02, 1.05), xlim=(0, len(steps)))
+    axis.text(34, -0.11, "averaged plane", color="C0")
+    axis.set(xlabel="step", ylim=(-0.15, 1.05), xlim=(0, len(steps)))
     return figure
 
 

@@ -149,9 +149,7 @@ def _arguments(settings: dict[str, Any]) -> str:
 
 def pick(runs: Iterable[Run], **options: str) -> list[Run]:
     """The runs with these options; an empty value stands for one that is not given."""
-    return [
-        run for run in runs if all(run[k.replace("_", "-")] == v for k, v in options.items())
-    ]
+    return [run for run in runs if all(run[k.replace("_", "-")] == v for k, v in options.items())]
 
 
 def by_lr(run: Run) -> float:
@@ -184,7 +182,7 @@ def budget_table(name: str, epochs: str) -> str:
     """A row for every optimizer of a net, with the mean over its seeds; the best is bold."""
     kinds: dict[str, dict[tuple[str, ...], list[Run]]] = {}
     for run in [*load(name), *pick(load("parq"), epochs=epochs)]:
-        if run["loss"] == "svm" and run["optimizer"] != "dfw" or run["float-epochs"]:
+        if (run["loss"] == "svm" and run["optimizer"] != "dfw") or run["float-epochs"]:
             continue  # the baselines are shown with the loss that suits them
         net = ", ".join(NAMES[name] for name in (run["net"], run["shortcut"]) if name)
         who = ", ".join(filter(None, (run.optimizer, run.start, SCHEDULES[run["schedule"]])))
@@ -342,7 +340,8 @@ def chars_table() -> str:
     kinds: dict[tuple[str, ...], list[float]] = {}
     for run in sorted(load("chars"), key=lambda run: (run["net"], run.optimizer, by_lr(run))):
         kind = (NAMES[run["net"]], run.optimizer, run["lr"], run["attention-lr"] or run["lr"])
-        kinds.setdefault(kind, []).append(run.rows[-1]["val_loss"])
+        judged = "average_loss" if run["average"] == "yes" else "val_loss"
+        kinds.setdefault(kind, []).append(run.rows[-1][judged])
     rows = [[*kind, ", ".join(f"{x:.3f}" for x in values)] for kind, values in kinds.items()]
     return markdown(["weights", "optimizer", "lr", "of Q and K", "validation loss"], rows)
 

@@ -1,7 +1,7 @@
-"""A step on an accelerator that is not there; test_operations.py runs this in a process of its own.
+"""A step on an accelerator that is not there, in a process that test_operations.py starts.
 
-Torch lets Python register a type of device, and keeps it until the process ends. A fake tensor on it
-has a shape and no values, so that a step fails as soon as it asks for one or mixes devices.
+Torch lets Python register a type of device, and keeps it until the process ends. A fake tensor on
+it has a shape and no values, so that a step fails as soon as it asks for one or mixes devices.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KINDS, SHAPES, Kind
+from helpers import FLOAT_GROUP, KINDS, SHAPES, Kind
 from test_operations import watched
-from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensorDeviceMismatchError,
@@ -22,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn import Parameter
 from torch.utils import backend_registration
 
-from dfw_opt import DFW, ProjectedDFW, TernaryDFW, checkpoint, param_groups, validate
+from dfw_opt import DFW, ProjectedDFW, TernaryDFW, checkpoint, validate
 
 register: Any = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
 if register is None:
@@ -118,7 +117,7 @@ class TestDevices:
         self, kind: Kind, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A checkpoint of another device, as of torch.load without map_location; it stays there."""
-        monkeypatch.setattr(checkpoint.sharding, "all_finite", lambda *_: True)
+        monkeypatch.setattr(checkpoint, "_check_state", lambda *_: None)
         params, others = fake_params("fake:0"), fake_params("fake:1")
         optimizer, other = kind.make(params), kind.make(others)
         saved = optimizer.state_dict()
@@ -136,13 +135,13 @@ class TestDevices:
             }
 
 
-def fake_net(layers: int = 20) -> nn.Sequential:
-    """Convolutions with BatchNorm, all of one shape."""
-    net = nn.Sequential()
-    for _ in range(layers):
-        net.append(nn.Conv2d(8, 8, 3, bias=False, device="fake:0"))
-        net.append(nn.BatchNorm2d(8, device="fake:0"))
-    return net
+def fake_net(optimizer_class: Any, layers: int = 20, **settings: Any) -> Any:
+    """An optimizer of convolutions and BatchNorms, all of one shape."""
+    convolutions = [Parameter(torch.empty(8, 8, 3, 3, device="fake:0")) for _ in range(layers)]
+    norms = [Parameter(torch.empty(8, device="fake:0")) for _ in range(2 * layers)]
+    floats = {} if optimizer_class is DFW else FLOAT_GROUP
+    groups = [{"params": convolutions}, {"params": norms, **floats}]
+    return optimizer_class(groups, **settings)
 
 
 def operations(optimizer: Any) -> int:
@@ -170,32 +169,31 @@ class TestOperations:
         self, optimizer_class: Any, norm: str, settings: dict[str, Any], ceiling: int
     ) -> None:
         """20 convolutions and 20 BatchNorms. SGD's foreach has a dozen, views of lists included."""
-        groups = param_groups(fake_net(), skip=[])
-        number = operations(optimizer_class(groups, norm=norm, **settings))
+        number = operations(fake_net(optimizer_class, norm=norm, **settings))
         assert 10 < number <= ceiling
 
     @pytest.mark.parametrize(("optimizer_class", "norm", "settings", "ceiling"), CEILINGS)
-    def test_tensors_alike_cost_next_to_nothing(
+    def test_tensors_alike_cost_nothing(
         self, optimizer_class: Any, norm: str, settings: dict[str, Any], ceiling: int
     ) -> None:
-        """Twice as many: only what takes batches apart, and views, grows; by few a tensor."""
+        """Twice as many of each: not one operation more."""
         few, many = (
-            operations(optimizer_class(param_groups(fake_net(n), skip=[]), norm=norm, **settings))
-            for n in (20, 40)
+            operations(fake_net(optimizer_class, layers, norm=norm, **settings))
+            for layers in (20, 40)
         )
-        assert many - few <= 20 * 20
+        assert many == few
 
     @NORMS
     @pytest.mark.parametrize("optimizer_class", [DFW, ProjectedDFW, TernaryDFW])
     def test_linear_in_groups(self, optimizer_class: Any, norm: str) -> None:
-        """One tensor a group: the second twenty cost what the first did, as for one setting."""
+        """One tensor a group: each five cost as much as five did; and alike ones nothing."""
         counts = []
-        for number in (20, 40, 60):
+        for number in (5, 10, 15):
             weights = [Parameter(torch.empty(4, 6, device="fake:0")) for _ in range(number)]
             groups = [{"params": [w], "lr": 0.1 + i / 1000} for i, w in enumerate(weights)]
             counts.append(operations(optimizer_class(groups, norm=norm)))
         assert counts[2] - counts[1] == counts[1] - counts[0]
-        alike = [Parameter(torch.empty(4, 6, device="fake:0")) for _ in range(60)]
+        alike = [Parameter(torch.empty(4, 6, device="fake:0")) for _ in range(15)]
         assert operations(
             optimizer_class([{"params": [w]} for w in alike], norm=norm)
         ) == operations(optimizer_class(alike, norm=norm))

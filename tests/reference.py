@@ -6,8 +6,8 @@ step-size tests run it on fractions, where sorting the breakpoints gives γ with
 
 Notation: η = lr, λ = weight decay, ε = eps, μ = momentum, ℓ = loss. A step moves variables v: float
 parameters, normalised latent weights u, ternary scales W_p and W_n. In the Euclidean norm each is
-measured in a metric M, the squared change that a unit step makes in the forward weights; d = M⁻¹δ is
-its gradient δ in that metric. In the spectral norm m is the running mean of its gradients, D the
+measured in a metric M, the squared change that a unit step makes in the forward weights; d = M⁻¹δ
+is its gradient δ in that metric. In the spectral norm m is the running mean of its gradients, D the
 direction of its step, ρ the size of that.
 """
 
@@ -202,7 +202,7 @@ class Move:
         ]
 
     def apply(self, gamma: float) -> None:
-        """z ← μz − ηγ(d + λv);  v ← Π(v − η(λv + γd) + μz)."""
+        """With momentum: z ← μz − ηγ(d + λv);  v ← Π(v − η(λv + γd) + μz)."""
         lr, mu, decay = self.settings.lr, self.settings.momentum, self.weight_decay
         v, d, z = self.variable.value, self.d, self.variable.momentum
         z = mu * z - lr * gamma * (d + decay * v)
@@ -210,7 +210,7 @@ class Move:
         self.place(v - lr * (decay * v + gamma * d) + mu * z)
 
     def average(self, first: bool) -> Array:
-        """m ← μm + (1 − μ)δ, at first m = δ. Returns D = ρ · oracle(μm + (1 − μ)δ)."""
+        """The plane: m ← μm + (1 − μ)δ, at first m = δ. Returns D = ρ · oracle(μm + (1 − μ)δ)."""
         mu = self.settings.momentum
         m = self.delta if first else mu * self.variable.mean + (1 - mu) * self.delta
         self.variable.mean = m
@@ -218,7 +218,7 @@ class Move:
         return self.variable.size * steepest(ahead, self.settings.layout, self.delta)
 
     def apply_spectral(self, gamma: float, direction: Array) -> None:
-        """v ← Π(v − η(λv + γD))."""
+        """No momentum: v ← Π(v − η(λv + γD))."""
         v = self.variable.value
         self.place(v - self.settings.lr * (self.weight_decay * v + gamma * direction))
 
@@ -494,7 +494,7 @@ class Optimizer:
         return gamma
 
     def spectral(self, loss: float, moves: Sequence[Move], eps: float) -> float:
-        """h ← μ·h_left + (1 − μ)ℓ, at first h = ℓ; γ = clip[0,1]((h − decay) / (full + ε))."""
+        """With h ← μ·h_left + (1 − μ)ℓ, at first ℓ: γ = clip[0,1]((h − decay) / (full + ε))."""
         mu, first = moves[0].settings.momentum, self.height is None
         h = loss if self.height is None else mu * self.height + (1 - mu) * loss
         directions = [move.average(first) for move in moves]

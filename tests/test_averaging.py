@@ -1,8 +1,7 @@
 """``AveragedModel`` against a literal loop over what the optimizer holds, in float64 numpy.
 
-What is averaged is the dual variable in the unit of the weights, c·u, the scales c·W and the float
-parameters; the average is quantized, and never relaxed. Whatever happens to the optimizer or the
-model between two updates, the loop stays the same.
+Averaged are the latents in the unit of the weights, c·u, the scales c·W and the float parameters;
+the average is quantized, never relaxed, whatever happens between two updates.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -27,24 +26,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, swa_utils
 
+import dfw_opt
 from dfw_opt import DFW, AveragedModel, ProjectedDFW, TernaryDFW, param_groups
 
-Share = Callable[[int], float]
-"""How much of a new value goes into the average, by how many values there were before it."""
-
-
-def custom(average: Tensor, value: Tensor, count: Any) -> Tensor:
-    """Weights 1, 2, 3, ..."""
-    return average + (value - average) * (2 / (int(count) + 2))
-
-
 multi_swa, multi_ema = swa_utils.get_swa_multi_avg_fn(), swa_utils.get_ema_multi_avg_fn(0.7)
-AVERAGES: dict[str, tuple[dict[str, Any], Share]] = {
+# How much of a new value goes into each, by how many values there were before it.
+AVERAGES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
     "default": ({}, lambda t: 10 / (t + 10)),
     "swa": ({"multi_avg_fn": multi_swa}, lambda t: 1 / (t + 1)),
     "swa fn": ({"avg_fn": swa_utils.get_swa_avg_fn()}, lambda t: 1 / (t + 1)),
     "ema": ({"multi_avg_fn": multi_ema}, lambda t: 0.3),
-    "custom": ({"avg_fn": custom}, lambda t: 2 / (t + 2)),
 }
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "float": (DFW, {}),
@@ -67,15 +58,14 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequenti
 
 def literal_weights(v: dict[str, Array], group: dict[str, Any]) -> Array:
     """Q of a latent in the unit of the weights."""
-    if "latent" not in v:
+    if (u := v.get("latent")) is None:
         return v[""]
-    u = v["latent"]
     if group["quantizer"] == "ternary":
         delta = group["threshold"] * np.abs(u).max()
-        return (u > delta) * v["scale_pos"] - (u < -delta) * v["scale_neg"]
+        return np.asarray((u > delta) * v["scale_pos"] - (u < -delta) * v["scale_neg"])
     rest: Any = tuple(range(1, u.ndim))
     if group["quantizer"] == "binary":
-        return np.where(u >= 0, 1.0, -1.0) * np.abs(u).mean(rest, keepdims=True)
+        return np.asarray(np.where(u >= 0, 1.0, -1.0) * np.abs(u).mean(rest, keepdims=True))
     space = np.abs(u).max(rest, keepdims=True) / (2 ** (group["bits"] - 1) - 1)
     return np.asarray(np.round(u / space) * space)
 
@@ -95,9 +85,8 @@ class Training:
         self.means: dict[tuple[str, str], Array] = {}
 
     def fit(self, seed: int, model: Any = None) -> None:
-        """A step."""
-        dtype, generator = next(self.model.parameters()).dtype, torch.Generator().manual_seed(seed)
-        x = torch.randn(8, 1, 4, 4, generator=generator).to(dtype)
+        x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+        x = x.to(next(self.model.parameters()).dtype)
         self.model.zero_grad()
         loss = nn.functional.cross_entropy((model or self.model)(x).float(), torch.arange(8) % 3)
         loss.backward()
@@ -112,11 +101,9 @@ class Training:
     def check(self, rtol: float = 1e-13) -> dict[str, Array]:
         """After each update: takes the values into the loop, and returns what it has."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        buffers = dict(self.model.named_buffers())
-        expected = {name: to_numpy(buffer) for name, buffer in buffers.items()}
-        buffers = {name: b for name, b in buffers.items() if b.is_floating_point()}
-        averaged = buffers if self.averaged.use_buffers else {}
-        for name, p in (*self.model.named_parameters(), *averaged.items()):
+        expected = {name: to_numpy(x) for name, x in self.model.state_dict().items()}
+        buffers = self.model.named_buffers() if self.averaged.use_buffers else ()
+        for name, p in (*self.model.named_parameters(), *buffers):
             state, v = self.optimizer.state.get(p, {}), {"": to_numpy(p)}
             if "latent" in state:
                 keys = state.keys() & {"latent", "scale_pos", "scale_neg"}
@@ -126,11 +113,9 @@ class Training:
                 share = self.share(int(self.averaged.n_averaged) - 1)
                 v[key] = self.means[name, key] = old + share * (value - old)
             expected[name] = literal_weights(v, groups.get(p, {}))
-        found = self.averaged.module.state_dict()
-        assert found.keys() == expected.keys()
-        for name in found.keys() - {"1.num_batches_tracked"}:  # which torch's functions round
-            mine, wanted = to_numpy(found[name]), expected[name]
-            np.testing.assert_allclose(mine, wanted, rtol=rtol, atol=rtol, err_msg=name)
+        for name, mine in self.averaged.module.state_dict().items():
+            if "batches" not in name:  # of which torch's functions make whole numbers
+                np.testing.assert_allclose(to_numpy(mine), expected[name], rtol, rtol, err_msg=name)
         return expected
 
     def bits(self) -> Any:
@@ -156,10 +141,9 @@ def test_literal(kind: str, average: str, dtype: torch.dtype, rtol: float) -> No
         assert (everything(run.optimizer), fingerprint(torch.get_rng_state())) == before
         assert run.averaged.n_averaged == number + 1
         expected = run.check(rtol)
-        now = {name: to_numpy(p) for name, p in run.model.named_parameters()}
-        for name, value in now.items():
-            assert number or np.allclose(value, expected[name], rtol, rtol)
-    assert all((now[name] != expected[name]).any() for name in now)
+        now = run.model.named_parameters()
+        same = all(np.allclose(to_numpy(p), expected[name], rtol, rtol) for name, p in now)
+        assert same == (number == 0)
 
 
 def test_default_is_about_the_last_tenth() -> None:
@@ -168,13 +152,12 @@ def test_default_is_about_the_last_tenth() -> None:
     model = nn.Linear(T, 1, bias=False).double()
     optimizer = DFW(model.parameters())
     averaged = AveragedModel(model, optimizer)
-    for number in range(T):
-        model.weight.data = torch.eye(T, dtype=torch.float64)[number : number + 1]
+    for row in torch.eye(T, dtype=torch.float64).split(1):
+        model.weight.data = row
         averaged.update_parameters(model)
     weights = to_numpy(averaged.module.get_parameter("weight"))[0]
     expected = [math.comb(i + 9, 9) / math.comb(T + 9, 10) for i in range(T)]
     np.testing.assert_allclose(weights, expected, rtol=1e-12)
-    assert sum(weights) == pytest.approx(1, rel=1e-12)
     assert T / 12 < sum(weights * np.arange(T)[::-1]) < T / 10  # the mean age
 
 
@@ -182,45 +165,35 @@ def test_default_is_about_the_last_tenth() -> None:
 def test_half_precision_is_averaged_in_float32(dtype: torch.dtype) -> None:
     """An update moves the average by a hundredth of the least difference of two weights."""
     run = Training("binary", model=make_model(dtype=dtype))
-    model, averaged = run.model, run.averaged
-    averaged.multi_avg_fn = swa_utils.get_ema_multi_avg_fn(0.99)
-    averaged.update_parameters(model)
-    bias = model.get_parameter("3.bias").detach()
+    run.averaged.multi_avg_fn = swa_utils.get_ema_multi_avg_fn(0.99)
+    run.averaged.update_parameters(run.model)
+    bias = run.model.get_parameter("3.bias").detach()
     bias.copy_(torch.nextafter(bias, torch.full_like(bias, 9)))
     for number in range(100):
-        found = averaged.module.get_parameter("3.bias")
+        found = run.averaged.module.get_parameter("3.bias")
         assert same_bits(found, bias) == (number >= 69)  # 0.99^69 < 1/2 < 0.99^68
-        averaged.update_parameters(model)
+        run.averaged.update_parameters(run.model)
 
 
-def late(model: nn.Module) -> Tensor:
-    return model.get_parameter("5.weight")
-
-
-def crowd(model: nn.Module, optimizer: Any) -> None:
-    """Latents at the bounds, so that the next step doubles their unit."""
-    optimizer.state[late(model)]["latent"].sign_().mul_(optimizer.param_groups[0]["radius"])
-
-
-def load_units(model: nn.Module, optimizer: Any) -> None:
+def load_units(_: Tensor, optimizer: Any) -> None:
     state = copy.deepcopy(optimizer.state_dict())
     for values in state["state"].values():
-        if "unit" in values:
-            values["unit"] *= 3
+        values |= {key: 3 * value for key, value in values.items() if key == "unit"}
     optimizer.load_state_dict(state)
 
 
-EVENTS: dict[str, Callable[[Any, Any], Any]] = {
-    "unit doubles": crowd,
+EVENTS: dict[str, Callable[[Tensor, Any], Any]] = {
+    # Latents near the bounds, so that the next step doubles their unit.
+    "unit doubles": lambda p, optimizer: optimizer.state[p]["latent"].sign_().mul_(0.8),
     "other units": load_units,
-    "freeze": lambda model, _: late(model).requires_grad_(False),
-    "unfreeze": lambda model, _: late(model).requires_grad_(True),
-    "add a group": lambda m, o: o.add_param_group({"params": [late(m)], "param_names": ["late"]}),
+    "unfreeze": lambda p, _: p.requires_grad_(True),
+    "add a group": lambda p, o: o.add_param_group({"params": [p], "param_names": ["late"]}),
     "relax": lambda _, optimizer: optimizer.relax(0.7),
+    "freeze": lambda p, _: p.requires_grad_(False),
     "skip": lambda _, optimizer: optimizer.step(loss=math.nan),
 }
 CASES = [(kind, event) for kind in OPTIMIZERS for event in ("freeze", "skip")]
-CASES += [(kind, event) for kind in QUANTIZED for event in [*EVENTS][1:6] if event != "freeze"]
+CASES += [(kind, event) for kind in QUANTIZED for event in [*EVENTS][1:5]]
 CASES += [(kind, "unit doubles") for kind in ("binary", "uniform")]
 
 
@@ -228,23 +201,23 @@ CASES += [(kind, "unit doubles") for kind in ("binary", "uniform")]
 @pytest.mark.parametrize(("norm", "average"), [("spectral", "default"), ("euclidean", "ema")])
 def test_between_updates(kind: str, event: str, norm: str, average: str) -> None:
     model = make_model()
-    late(model).requires_grad_(event != "unfreeze")
+    late = model.get_parameter("5.weight").requires_grad_(event != "unfreeze")
     groups = param_groups(model)
     if event == "add a group":
         groups[0] |= {key: groups[0][key][:1] for key in ("params", "param_names")}
     run = Training(kind, average, model, groups, norm=norm)
-    unit = float(run.optimizer.state.get(late(model), {}).get("unit", math.nan))
+    unit = float(run.optimizer.state.get(late, {}).get("unit", math.nan))
     for number in range(5):
         if number == 2:
-            EVENTS[event](model, run.optimizer)
+            EVENTS[event](late, run.optimizer)
         run.go_on(number)
         run.check()
     if unit > 0:
         ratio = {"unit doubles": 2, "other units": 3}.get(event, 1)
-        assert run.optimizer.state[late(model)]["unit"] == ratio * unit
+        assert run.optimizer.state[late]["unit"] == ratio * unit
 
 
-@pytest.mark.parametrize(("kind", "average"), [*zip(OPTIMIZERS, AVERAGES, strict=True)])
+@pytest.mark.parametrize(("kind", "average"), [*zip(OPTIMIZERS, [*AVERAGES, "ema"], strict=True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resumes_bit_for_bit(kind: str, average: str, dtype: torch.dtype) -> None:
     """Saved, and loaded into fresh objects, without pickled code."""
@@ -266,16 +239,17 @@ def test_inference_mode(kind: str) -> None:
     """Made and updated there, it is the same, and can be trained and updated outside."""
     ends = []
     for inference in (False, True):
-        run = Training(kind)
+        late = (model := make_model()).get_parameter("5.weight").requires_grad_(False)
+        run = Training(kind, model=model)
         with torch.inference_mode(inference):
             run.averaged = AveragedModel(run.model, run.optimizer)
+        late.requires_grad_(True)
         for number in range(4):
             run.fit(number)
             with torch.inference_mode(inference and number % 2 == 0):
                 run.averaged.update_parameters(run.model)
         run.averaged(torch.ones(4, 1, 4, 4, dtype=torch.float64)).sum().backward()
-        grads = [p.grad for p in run.averaged.module.parameters()]
-        ends.append((run.bits(), fingerprint(grads)))
+        ends.append((run.bits(), fingerprint([p.grad for p in run.averaged.module.parameters()])))
     assert ends[0] == ends[1]
 
 
@@ -301,7 +275,7 @@ def test_what_this_optimizer_does_not_train() -> None:
     run, sgd = Training("binary", "default", model, [quantized]), SGD(floats["params"][:-1], lr=0.5)
     for number in range(4):
         run.go_on(number)
-        run.means.pop(("7.table", ""), None)  # so that the loop begins anew with it
+        run.means.pop(("7.table", ""), None)  # so that the loop begins anew
         run.check()
         sgd.step()
         table.data += 1
@@ -309,8 +283,7 @@ def test_what_this_optimizer_does_not_train() -> None:
 
 def test_update_bn() -> None:
     """The statistics become those of the averaged network's inputs; nothing else moves."""
-    run = Training("binary")
-    run.go_on(0, 1, 2)
+    (run := Training("binary")).go_on(0, 1, 2)
     averaged = run.averaged
     untouched = [*run.model.state_dict().values(), *averaged.parameters()]
     before = fingerprint(untouched), everything(run.optimizer)
@@ -326,17 +299,14 @@ def test_update_bn() -> None:
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_packed(kind: str, tmp_path: Path) -> None:
     """The average of a quantized net takes as few bits, and comes back into the float model."""
-    from dfw_opt import load_packed, save_packed
-
-    layers = (nn.Linear(16, 96), nn.Linear(96, 96), nn.Linear(96, 3))
-    run, path = Training(kind, model=nn.Sequential(nn.Flatten(), *layers)), tmp_path / "file"
-    twin = copy.deepcopy(run.model)
+    layers = (nn.Flatten(), nn.Linear(16, 96), nn.Linear(96, 96), nn.Linear(96, 3))
+    run, path = Training(kind, model=nn.Sequential(*layers)), tmp_path / "file"
     run.go_on(0, 1, 2)
-    save_packed(run.averaged.module, path)
-    bits = {"binary": 1, "uniform": 3, "ternary": 2}[kind]
-    floats = sum(p.numel() for p in twin.parameters()) - 96 * 96 + 96
-    assert path.stat().st_size < 4 * floats + bits * 96 * 96 / 8 + 2000
-    load_packed(twin, path)
+    dfw_opt.save_packed(run.averaged.module, path)
+    floats = sum(p.numel() for p in run.model.parameters()) - 96 * 96 + 96
+    bits = 32 * floats + {"binary": 1, "uniform": 3, "ternary": 2}[kind] * 96 * 96
+    assert path.stat().st_size < bits / 8 + 2000
+    twin = dfw_opt.load_packed(copy.deepcopy(run.model), path)
     assert fingerprint(twin.state_dict()) == fingerprint(run.averaged.module.state_dict())
 
 
@@ -365,14 +335,14 @@ OTHERS: dict[str, Callable[[Any], nn.Module]] = {
     "a copy": copy.deepcopy,
     "a quantized layer of a copy": lambda m: nn.Sequential(*m[:5], copy.deepcopy(m[5]), *m[6:]),
     "fewer": lambda m: nn.Sequential(*m[:7], nn.Linear(5, 3, bias=False)),
-    "more": lambda m: nn.Sequential(*m, nn.Linear(3, 3)),
     "another shape": lambda m: nn.Sequential(*m[:7], nn.Linear(5, 1)),
     "buffers": lambda m: nn.Sequential(m[0], nn.BatchNorm2d(4, track_running_stats=False), *m[2:]),
 }
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize(
+    ("kind", "other"), [("float", "a copy"), *((kind, o) for kind in QUANTIZED for o in OTHERS)]
+)
 def test_refuses_another_model(kind: str, other: str) -> None:
     """Before anything changes."""
     run = Training(kind)

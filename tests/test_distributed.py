@@ -22,6 +22,7 @@ import torch.distributed as dist
 from helpers import KINDS, MAIN_KINDS, Kind, fingerprint, make_params
 from ranks import BAD, BARE, COUNTED, HALF, SAVED, SIZES, STEPS, Results, World, launch
 from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from dfw_opt import DFW
 
@@ -79,11 +80,13 @@ def _expected(name: str, layout: str) -> dict[str, Any]:
     return ranks.trained(kind, ALONE, layout)
 
 
-def assert_equal_runs(by_rank: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
+def assert_equal_runs(
+    by_rank: list[dict[str, Any]], wanted: dict[str, Any], *, exact: bool = True
+) -> None:
     """To one process up to rounding, to each other to the bit; and weights are Q(latents)."""
     for run in by_rank:
         assert run["skipped"] == wanted["skipped"] == 0
-        assert run["exact"]
+        assert run["exact"] or not exact
         assert run["gammas"] == pytest.approx(wanted["gammas"], rel=TOLERANCE)
         assert_close(run["values"], wanted["values"])
         assert fingerprint(run["values"]) == fingerprint(by_rank[0]["values"])
@@ -120,7 +123,9 @@ class TestEqualToOneProcess:
         """Columns; tensor parallelism; rows of which the last rank has none; HSDP, where a sum over
         all ranks would count everything twice; and FSDP2 with tensor parallelism: two meshes.
         """
-        assert_equal_runs([rank[str(kind)] for rank in results[layout]], expected(kind, layout))
+        runs = [rank[str(kind)] for rank in results[layout]]
+        # The scale of a channel that is cut is a mean over ranks, with a last digit of its own.
+        assert_equal_runs(runs, expected(kind, layout), exact=layout != "columns")
 
     @pytest.mark.parametrize("kind", KINDS, ids=str)
     def test_the_sums_count(self, kind: Kind) -> None:
@@ -164,7 +169,11 @@ class TestEqualToOneProcess:
 
 class TestWhatOneRankAloneKnows:
     @MAIN
-    @pytest.mark.parametrize("layout", ["ddp", "rows"])
+    @pytest.mark.parametrize(
+        ("results", "layout"),
+        [(2, "ddp"), (2, "rows"), (2, "tensor"), (4, "ddp"), (4, "rows")],
+        indirect=["results"],
+    )
     def test_bad_numbers(self, results: Results, layout: str, kind: Kind) -> None:
         """A NaN or infinite loss, one bad element of a gradient: all skip, and go on alike."""
         for same_end, skipped, gammas in (r[f"{kind} {layout}"] for r in results["bad_numbers"]):
@@ -278,24 +287,18 @@ class TestOneProcess:
                     for mine, one in zip(rank[name], alone[name], strict=True):
                         assert torch.allclose(mine, one, TOLERANCE, TOLERANCE)
 
-    @pytest.mark.parametrize("wrong", ["gloo", "World", "", 0, True, [0, 1], {}], ids=repr)
+    @pytest.mark.parametrize("wrong", ["gloo", 0, True, dist.GroupMember.NON_GROUP_MEMBER])
     def test_wrong_groups(self, wrong: Any) -> None:
         with pytest.raises(TypeError, match="process_group"):
             DFW(make_params(), process_group=wrong)
 
-    def test_outside_of_a_group(self) -> None:
-        """What ``new_group`` returns there is none."""
-        outside: Any = dist.GroupMember.NON_GROUP_MEMBER
-        with pytest.raises(TypeError, match="process_group"):
-            DFW(make_params(), process_group=outside)
-
     def test_groups_and_copies(self, tmp_path: Path) -> None:
         """A process group is nothing that a copy could hold; the other values it does."""
         for value in ("world", None):
-            optimizer: Any = DFW(make_params(), process_group=value)  # type: ignore[arg-type]
+            optimizer: Any = DFW(make_params(), process_group=value)
             assert pickle.loads(pickle.dumps(optimizer)).process_group == value
             assert "process_group" not in optimizer.state_dict()["param_groups"][0]
-        store = dist.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
+        store = FileStore(str(tmp_path / "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         try:
             optimizer = DFW(make_params(), process_group=dist.group.WORLD)
@@ -325,7 +328,7 @@ class TestCheckpoints:
     def test_saving(self, pair: Results, one: tuple[Path, dict[str, Any]], kind: Kind) -> None:
         """Changes nothing, not even where torch makes a step to see what state there is."""
         assert_equal_runs([rank[str(kind)] for rank in pair["saved"]], one[1][str(kind)])
-        assert all(rank[str(kind)] for rank in pair["probes"])
+        assert all(rank[str(kind)]["probed"] for rank in pair["saved"])
 
     def check(self, runs: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
         assert len(runs[0]["gammas"]) == HALF

@@ -31,9 +31,7 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     """The Python blocks of ``page``; fails on a fence whose content it does not know."""
-    text = page.read_text(encoding="utf-8")
-    found = []
-    position = 0
+    text, found, position = page.read_text(encoding="utf-8"), list[Block](), 0
     while opening := FENCE.search(text, position):
         closing = re.compile(rf"^ *{opening['ticks']} *$", re.MULTILINE).search(text, opening.end())
         line = text.count("\n", 0, opening.end()) + 1

@@ -1,4 +1,4 @@
-"""The pages show what the runs in docs/runs say, and a finished run of the example is added right."""
+"""The pages show what the runs in docs/runs say, and a finished run is added as it was."""
 
 import importlib.util
 import math
@@ -57,8 +57,7 @@ def test_runs_are_whole(name: str) -> None:
         else:
             assert [row["epoch"] for row in run.rows] == [*range(1, int(run["epochs"]) + 1)]
             assert 0 <= run.accuracy <= 100
-        # Tuned and compared on images that were held out of the training set, but for the two tables
-        # of all images, which are judged on the test images.
+        # Only runs with all images are judged on the test images.
         if name not in ("main", "long", "parq", "chars"):
             assert run["validate"] == "yes"
 
@@ -73,10 +72,9 @@ def test_a_finished_run_is_added_with_the_arguments_that_repeat_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cifar_resnet20
-    from common import Parser
     from resnet20.settings import Settings
 
-    parser: Parser = cifar_resnet20.parser()
+    parser = cifar_resnet20.parser()
     job = "--net xnor --optimizer dfw --lr 0.3 --epochs 1 --limit 64 --validate --no-smooth"
     out = tmp_path / "run"
     assert cifar_resnet20.main([*shlex.split(job), "--threads", "1", "--out", str(out)]) == 0

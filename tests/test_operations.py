@@ -42,7 +42,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func, types, args=(), kwargs=None
     ) -> Any:
         name = func.overloadpacket.__name__
-        self.operations.append(name)
+        if func.namespace != "prim":  # such as a look at .device, which is no operation
+            self.operations.append(name)
         if name in LOOKS:
             self.looks.append(name)
         result = func(*args, **(kwargs or {}))

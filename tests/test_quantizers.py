@@ -1,309 +1,301 @@
-"""Quantized values, and pull-backs against autograd."""
+"""Mirror maps, pull-backs and metrics against loops, autograd and finite differences.
 
-# torch leaves backward() and the application of a Function untyped.
+The expected pull-back is autograd's, of a surrogate: Q with an estimate in place of the derivative
+of its rounding. The expected metric is the mean squared change of all weights by a unit step of one
+number, from the surrogate's Jacobian.
+"""
+
+# torch leaves the application of a Function untyped.
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import Settings, channels_of, make_parameter
 from torch import Tensor
 
-from dfw_opt.quantizers import QUANTIZERS, Pulled, binary, ternary
+from dfw_opt.quantizers import QUANTIZERS, Quantizer, State, quantizer_of
 
-UNIT = torch.tensor(0.37, dtype=torch.float64)
+LAYOUTS: list[tuple[tuple[int, ...], int | tuple[int, ...], int]] = [
+    ((1, 1), 0, 1),
+    ((1, 5), 0, 1),
+    ((3, 4), 0, 1),  # linear
+    ((3, 2, 2, 2), 0, 1),  # convolution
+    ((3, 4, 2), 1, 1),  # transposed
+    ((4, 3, 2), 1, 2),  # transposed, of two groups
+    ((6, 2, 2, 1), 1, 3),
+    ((2, 3, 4), (0, 1), 1),  # a stack of matrices
+    ((2, 3, 4), (0, 2), 1),
+]
+"""Shape, dimensions of the output channels, groups."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "binary": {},
+    "uniform": {"bits": 3},
+    "ternary": {"threshold": 0.3},
+}
+BATCH, UNITS = 3, (0.37, 1.9, 0.02)
+
+CASES = [
+    pytest.param(name, *layout, theta, id=f"{name}-{layout}-{theta}")
+    for name, layout, theta in itertools.product(OPTIONS, LAYOUTS, (0.0, 0.3, 1.0))
+]
 
 
-def draw(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
-    """Latents in the open box and a gradient."""
+def make(
+    name: str, axis: int | tuple[int, ...] = 0, groups: int = 1, theta: float = 0.0, **own: Any
+) -> Quantizer:
+    keys = {"scale_axis": axis, "scale_groups": groups, "relaxation": theta}
+    quantizer = quantizer_of({"quantizer": name, **OPTIONS[name], **keys, **own})
+    assert quantizer is not None
+    return quantizer
+
+
+def draw(shape: tuple[int, ...], seed: int = 0) -> tuple[State, Tensor]:
+    """A batch of states, latents in the open box, and gradients; scales of every tensor differ."""
     generator = torch.Generator().manual_seed(seed)
-    latent = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
-    gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return latent, gradient
+    latent = 2 * torch.rand((BATCH, *shape), generator=generator, dtype=torch.float64) - 1
+    grad = torch.randn(latent.shape, generator=generator, dtype=torch.float64)
+    numbers = {"unit": UNITS, "scale_pos": (0.8, 0.5, 1.2), "scale_neg": (0.3, 0.9, 0.6)}
+    ones = (1,) * len(shape)
+    return {"latent": latent} | {
+        key: torch.tensor(value, dtype=torch.float64).view(-1, *ones)
+        for key, value in numbers.items()
+    }, grad
 
 
-def quantize_binary(latent: Tensor, unit: Tensor) -> Tensor:
-    return binary.quantize(latent, unit, binary.mean_magnitude(latent))
+class Estimate(torch.autograd.Function):
+    """A function forward, a slope backward."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grads[0] * slope, None, None
 
 
-def pull_back_binary(grad: Tensor, latent: Tensor, unit: Tensor) -> Pulled:
-    return binary.pull_back(grad, latent, unit, binary.mean_magnitude(latent))
+def per_channel(u: Tensor, axis: Any, groups: int, how: Callable[[Tensor], Tensor]) -> Tensor:
+    """``how`` of each channel, at each of its weights, by the indices of the transcription."""
+    result = torch.zeros_like(u)
+    for channel in channels_of(tuple(u.shape), Settings(scale_axis=axis, scale_groups=groups)):
+        at = tuple(torch.tensor(index) for index in zip(*channel, strict=True))
+        result = result.index_put(at, how(u[at]).expand(len(channel)))
+    return result
 
 
-def quantize_ternary(
-    latent: Tensor, unit: Tensor, pos: Tensor, neg: Tensor, threshold: float
+def surrogate(
+    name: str, u: Tensor, c: Tensor, W: tuple[Tensor, Tensor], axis: Any, groups: int
 ) -> Tensor:
-    return ternary.quantize(latent, unit, pos, neg, ternary.threshold_of(latent, threshold))
-
-
-def pull_back_ternary(
-    grad: Tensor, latent: Tensor, unit: Tensor, pos: Tensor, neg: Tensor, threshold: float
-) -> dict[str, Pulled]:
-    delta = ternary.threshold_of(latent, threshold)
-    return ternary.pull_back(grad, latent, unit, pos, neg, delta)
-
-
-def gradient_and_metric(pulled: Pulled) -> tuple[Tensor, Tensor]:
-    d, metric = pulled
-    assert metric is not None
-    assert metric.dim() == 0
-    return d, metric
-
-
-class SignStraightThrough(torch.autograd.Function):
-    """sign forward, hardtanh backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        inside: Tensor = x.abs() <= 1
-        return grads[0] * inside
-
-
-class TernaryStraightThrough(torch.autograd.Function):
-    """Zones forward; backward the slopes that TTQ gives them: W_p, 1, W_n."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, pos: Tensor, neg: Tensor, threshold: float) -> Tensor:
-        delta = threshold * u.abs().max()
-        ctx.save_for_backward(u > delta, u < -delta, pos, neg)
-        return pos * (u > delta) - neg * (u < -delta)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        above, below, pos, neg = ctx.saved_tensors
-        slope = torch.where(above, pos, torch.where(below, neg, torch.ones_like(pos)))
-        return grads[0] * slope, None, None, None
-
-
-def binary_jacobian(latent: Tensor, unit: Tensor) -> Tensor:
-    """The derivative of Q = c · mean|u| · sign(u), through the mean and through the sign."""
-
-    def weights(u: Tensor) -> Tensor:
-        mean = u.abs().mean(dim=tuple(range(1, u.dim())), keepdim=True)
-        weights: Tensor = unit * mean * SignStraightThrough.apply(u)
-        return weights
-
-    jacobian: Tensor = torch.autograd.functional.jacobian(weights, latent)
-    return jacobian.reshape(latent.numel(), latent.numel())
-
-
-shapes = st.sampled_from([(1, 1), (1, 5), (4, 1), (3, 4), (2, 3, 3), (4, 2, 3, 3)])
-
-
-class TestBinary:
-    @given(shapes, st.integers(0, 10**6))
-    def test_pull_back_is_what_a_latent_does_to_its_own_weight(
-        self, shape: tuple[int, ...], seed: int
-    ) -> None:
-        """The diagonal of the derivative of Q, through the mean and through the sign."""
-        latent, gradient = draw(shape, seed)
-        d, metric = gradient_and_metric(pull_back_binary(gradient, latent, UNIT))
-        own = binary_jacobian(latent, UNIT).diagonal().reshape(shape)
-        torch.testing.assert_close(metric * d, own * gradient, rtol=1e-12, atol=1e-14)
-
-    @given(st.sampled_from([(1, 1), (1, 5), (1, 3, 3), (1, 200)]), st.integers(0, 10**6))
-    def test_no_weights_move_farther_than_those_of_sgd(
-        self, shape: tuple[int, ...], seed: int
-    ) -> None:
-        """The longest change that a gradient of length 1 can make; with one channel it is 1."""
-        latent, _ = draw(shape, seed)
-        n = latent.numel()
-        steps = torch.stack(
-            [
-                pull_back_binary(unit.reshape(shape), latent, UNIT).gradient.flatten()
-                for unit in torch.eye(n, dtype=torch.float64)
-            ],
-            dim=1,
+    """Q of one tensor, as autograd is to see it."""
+    fixed = u.detach()
+    if name == "binary":  # through the sign, and through the scale
+        a = per_channel(u.abs(), axis, groups, torch.mean)
+        return (
+            c * a * Estimate.apply(u, torch.where(fixed >= 0, 1.0, -1.0).to(u), torch.ones_like(u))
         )
-        changes = binary_jacobian(latent, UNIT) @ steps
-        assert float(torch.linalg.matrix_norm(changes, 2)) == pytest.approx(1)
-        signs = torch.where(latent >= 0, 1.0, -1.0).to(latent).flatten()
-        torch.testing.assert_close(changes @ signs, signs)  # that of the scale
-        if n > 1:  # any other, across it, is shorter: the signs' share
-            a = latent.abs().mean()
-            across = torch.linalg.qr(signs[:, None], mode="complete").Q[:, 1]
-            length = float((changes @ across).norm())
-            assert length == pytest.approx(float(a / (a + 1)))
-
-    def test_values(self) -> None:
-        latent = torch.tensor([[0.5, -0.25, 0.75, -0.5], [0.1, 0.1, -0.1, 0.3]])
-        expected = 2.0 * torch.tensor([[0.5, -0.5, 0.5, -0.5], [0.15, 0.15, -0.15, 0.15]])
-        torch.testing.assert_close(quantize_binary(latent, torch.tensor(2.0)), expected)
-
-    @given(shapes, st.integers(0, 10**6))
-    def test_two_opposite_values_a_channel(self, shape: tuple[int, ...], seed: int) -> None:
-        """Exactly: one magnitude a channel, to the last bit."""
-        latent = draw(shape, seed)[0].float()
-        values = quantize_binary(latent, torch.tensor(0.37))
-        assert values.dtype == torch.float32
-        for channel, signs in zip(values, latent, strict=True):
-            assert len(set(channel.abs().flatten().tolist())) == 1
-            assert torch.equal(channel > 0, signs >= 0)
-            expected = 0.37 * signs.abs().double().mean()
-            assert float(channel.abs().flatten()[0]) == pytest.approx(float(expected), rel=1e-6)
-
-    def test_sign_of_zero_is_plus(self) -> None:
-        latent = torch.tensor([[0.0, -0.0, 0.5, -0.5]], dtype=torch.float64)
-        values = quantize_binary(latent, torch.tensor(1.0, dtype=torch.float64))
-        assert torch.equal(values, torch.tensor([[0.25, 0.25, 0.25, -0.25]], dtype=torch.float64))
-        gradient = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
-        d, metric = gradient_and_metric(
-            pull_back_binary(gradient, latent, torch.tensor(1.0, dtype=torch.float64))
+    if name == "uniform":  # through the rounding alone
+        a, q = (
+            per_channel(fixed.abs(), axis, groups, torch.max),
+            2 ** (OPTIONS[name]["bits"] - 1) - 1,
         )
-        torch.testing.assert_close(metric * d, (0.25 + 1 / 4) * gradient)
-
-    def test_zero_channel(self) -> None:
-        """A channel of zeros is zero, and gets a gradient through its scale: it can come back."""
-        latent = torch.tensor([[0.0, -0.0], [0.5, -1.0]])
-        values = quantize_binary(latent, torch.tensor(1.0))
-        assert torch.equal(values[0], torch.zeros(2))
-        d, M = gradient_and_metric(pull_back_binary(torch.ones(2, 2), latent, torch.tensor(1.0)))
-        torch.testing.assert_close(d[0], torch.full((2,), 0.5 / M.item()))
-
-    @pytest.mark.parametrize("unit", [0.01, 0.37, 1.0, 5.0])
-    def test_metric(self, unit: float) -> None:
-        """M is the mean over the channels, and a step of the weights has no unit."""
-        latent, gradient = draw((3, 4), 1)
-        c = torch.tensor(unit, dtype=torch.float64)
-        d, metric = gradient_and_metric(pull_back_binary(gradient, latent, c))
-        each = [
-            gradient_and_metric(pull_back_binary(gradient[i : i + 1], latent[i : i + 1], c))[1]
-            for i in range(3)
-        ]
-        torch.testing.assert_close(metric, torch.stack(each).mean())
-        plain, _ = pull_back_binary(gradient, latent, torch.tensor(1.0, dtype=torch.float64))
-        torch.testing.assert_close(d, plain / unit)
+        x = q * u / a
+        return c * a * Estimate.apply(x, x.detach().round(), torch.ones_like(u)) / q
+    delta = OPTIONS[name]["threshold"] * fixed.abs().max()
+    above, below = fixed > delta, fixed < -delta
+    level = W[0] * above - W[1] * below
+    slope = W[0] * above + W[1] * below + ~(above | below)
+    # Forward level; backward to u the slope, to the scales the level itself.
+    return c * (level + Estimate.apply(u, torch.zeros_like(u), slope.detach()))
 
 
-class TestTernary:
-    scales = (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64))
-
-    @given(shapes, st.integers(0, 10**6), st.sampled_from([0.0, 0.05, 0.5, 0.95]))
-    def test_pull_back_equals_autograd(
-        self, shape: tuple[int, ...], seed: int, threshold: float
-    ) -> None:
-        """The latent through the surrogate, the scales through Q itself."""
-        latent, gradient = draw(shape, seed)
-        u = latent.clone().requires_grad_()
-        pos, neg = (scale.clone().requires_grad_() for scale in self.scales)
-        values = TernaryStraightThrough.apply(u, pos.detach(), neg.detach(), threshold)
-        (UNIT * values * gradient).sum().backward()
-        delta = threshold * latent.abs().max()
-        forward = pos * (latent > delta) - neg * (latent < -delta)
-        (UNIT * forward * gradient).sum().backward()
-
-        pulled = pull_back_ternary(gradient, latent, UNIT, *self.scales, threshold)
-        assert set(pulled) == {"latent", "scale_pos", "scale_neg"}
-        for name, leaf in (("latent", u), ("scale_pos", pos), ("scale_neg", neg)):
-            d, metric = gradient_and_metric(pulled[name])
-            assert d.shape == leaf.shape
-            assert leaf.grad is not None
-            torch.testing.assert_close(metric * d, leaf.grad, rtol=1e-12, atol=1e-14)
-
-    def test_scales_by_finite_differences(self) -> None:
-        """What a larger W_n does to the loss: the sign that the paper's formula gets wrong."""
-        latent, gradient = draw((4, 5), 7)
-        pulled = pull_back_ternary(gradient, latent, UNIT, *self.scales, 0.05)
-        h = 1e-6
-        for index, name in enumerate(("scale_pos", "scale_neg")):
-            ends = []
-            for side in (1, -1):
-                pos, neg = self.scales
-                if index == 0:
-                    pos = pos + side * h
-                else:
-                    neg = neg + side * h
-                values = quantize_ternary(latent, UNIT, pos, neg, 0.05)
-                ends.append((values * gradient).sum())
-            d, metric = gradient_and_metric(pulled[name])
-            torch.testing.assert_close(metric * d, (ends[0] - ends[1]) / (2 * h))
-
-    def test_larger_negative_weights_want_larger_scale(self) -> None:
-        """If the loss falls as the negative weights become more negative, W_n must grow."""
-        latent = torch.tensor([[-0.5, -1.0, 0.7]])
-        gradient = torch.tensor([[1.0, 1.0, 0.0]])
-        one = torch.tensor(1.0)
-        d, _ = pull_back_ternary(gradient, latent, one, one, one, 0.05)["scale_neg"]
-        assert float(d) == pytest.approx(-1.0)
-
-    def test_values(self) -> None:
-        latent = torch.tensor([[1.0, 0.3, 0.2, 0.1, 0.0], [-0.0, -0.1, -0.2, -0.3, -0.9]])
-        values = quantize_ternary(
-            latent, torch.tensor(2.0), torch.tensor(0.75), torch.tensor(0.25), 0.2
+def each(state: State) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]:
+    """Latent, unit and scales of each tensor of a batch, as leaves."""
+    for i in range(BATCH):
+        u = state["latent"][i].clone().requires_grad_()
+        pos, neg = (
+            state[key][i].reshape(()).clone().requires_grad_() for key in ("scale_pos", "scale_neg")
         )
-        expected = torch.tensor([[1.5, 1.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -0.5, -0.5]])
-        assert torch.equal(values, expected)
+        yield u, state["unit"][i].reshape(()), (pos, neg)
 
-    def test_at_the_threshold_is_zero(self) -> None:
-        """Both u > Δ and u < −Δ are strict; 0.5 · 1.0 is exact."""
-        latent = torch.tensor([[1.0, 0.5, -0.5, 0.5000001, -0.5000001]])
-        one = torch.tensor(1.0)
-        values = quantize_ternary(latent, one, one, one, 0.5)
-        assert values.tolist() == [[1.0, 0.0, 0.0, 1.0, -1.0]]
-        pulled = pull_back_ternary(torch.ones(1, 5), latent, one, 3 * one, 2 * one, 0.5)
-        d, M = gradient_and_metric(pulled["latent"])
-        torch.testing.assert_close(M * d, torch.tensor([[3.0, 1.0, 1.0, 3.0, 2.0]]))
 
-    def test_threshold_zero(self) -> None:
-        one = torch.tensor(1.0)
-        latent = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 1.0]])
-        values = quantize_ternary(latent, one, one, one, 0.0)
-        assert values.tolist() == [[0.0, 0.0, 1.0, -1.0, 1.0]]
+@pytest.mark.parametrize(("name", "shape", "axis", "groups", "theta"), CASES)
+def test_against_autograd(
+    name: str, shape: tuple[int, ...], axis: Any, groups: int, theta: float
+) -> None:
+    quantizer = make(name, axis, groups, theta)
+    state, grad = draw(shape)
+    values, pulled = quantizer.quantize(state), quantizer.pull_back(grad, state)
+    assert set(pulled) == {"latent", *quantizer.scales}
+    assert quantizer.scales == (("scale_pos", "scale_neg") if name == "ternary" else ())
+    for i, (u, c, W) in enumerate(each(state)):
 
-    def test_threshold_is_of_the_whole_tensor(self) -> None:
-        """One Δ a layer, not one a channel."""
-        one = torch.tensor(1.0)
-        latent = torch.tensor([[1.0, -1.0], [0.04, -0.04]])
-        values = quantize_ternary(latent, one, one, one, 0.05)
-        assert values.tolist() == [[1.0, -1.0], [0.0, 0.0]]
+        def hard(u: Tensor, c: Tensor = c, W: tuple[Tensor, Tensor] = W) -> Tensor:
+            return surrogate(name, u, c, W, axis, groups)
 
-    def test_all_zero(self) -> None:
-        one = torch.tensor(1.0)
-        latent = torch.zeros(2, 3)
-        assert torch.equal(quantize_ternary(latent, one, one, one, 0.05), latent)
-        pulled = pull_back_ternary(torch.full((2, 3), 2.0), latent, one, one, one, 0.05)
-        assert torch.equal(pulled["latent"][0], torch.full((2, 3), 2.0))
-        for name in ("scale_pos", "scale_neg"):
-            assert [x.item() for x in gradient_and_metric(pulled[name])] == [0.0, 1.0]
+        relaxed = (1 - theta) * hard(u) + theta * c * u
+        torch.testing.assert_close(values[i], relaxed.detach(), rtol=1e-12, atol=1e-14)
+        leaves = (u, *W) if name == "ternary" else (u,)
+        jacobian = torch.autograd.functional.jacobian(hard, u).reshape(u.numel(), -1)
+        if name == "binary":
+            # What a latent does through the scale to others of its channel is left out.
+            own = jacobian.diagonal().reshape(shape)
+            delta = (1 - theta) * own * grad[i] + theta * c * grad[i]
+            # The levels' steps: along the signs, latent and scale move a weight by c(a + 1).
+            a = per_channel(u.detach().abs(), axis, groups, torch.mean)
+            metric = (own * c * (a + 1)).mean()
+            gradients: tuple[Tensor, ...] = (delta,)
+        else:
+            gradients = torch.autograd.grad((relaxed * grad[i]).sum(), leaves)
+            metric = jacobian.square().sum() / u.numel()
+        expected = ((1 - theta) * metric.sqrt() + theta * c).square()
+        result = pulled["latent"]
+        assert result.metric is not None
+        assert result.metric.shape == (BATCH, *(1,) * len(shape))
+        torch.testing.assert_close(result.gradient[i], gradients[0], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(result.metric[i].reshape(()), expected, rtol=1e-12, atol=0)
+        for key, scale, gradient in zip(quantizer.scales, W, gradients[1:], strict=False):
+            delta, M = pulled[key]
+            assert M is not None
+            assert delta.shape == M.shape == (BATCH,)
+            torch.testing.assert_close(delta[i], gradient, rtol=1e-12, atol=1e-14)
+            # A unit of a scale moves each weight of its zone by c; an empty one counts as one.
+            moved = torch.autograd.functional.jacobian(
+                lambda w, key=key, W=W, u=u, hard=hard: hard(
+                    u.detach(), W=(w, W[1]) if key == "scale_pos" else (W[0], w)
+                ),
+                scale,
+            )
+            torch.testing.assert_close(M[i], moved.square().sum().clamp(min=c.item() ** 2))
 
-    def test_one_zone_empty(self) -> None:
-        latent = torch.tensor([[0.5, 1.0, 0.0]])
-        one = torch.tensor(1.0)
-        pulled = pull_back_ternary(torch.ones(1, 3), latent, one, one, one, 0.05)
-        assert pulled["scale_pos"][0].item() == 1.0
-        assert pulled["scale_neg"][0].item() == 0.0
-        assert all(torch.isfinite(d).all() for d, _ in pulled.values())
 
-    @pytest.mark.parametrize("unit", [0.01, 0.37, 5.0])
-    def test_metric(self, unit: float) -> None:
-        """M by autograd, in the mean of the latents; a scale moves by its zone's mean gradient."""
-        latent = torch.tensor(
-            [[1.0, 0.5, 0.2, -0.1], [0.01, -0.02, 0.3, -0.7]], dtype=torch.float64
-        )
-        gradient = torch.arange(1.0, 9.0, dtype=torch.float64).reshape(2, 4)
-        c = torch.tensor(unit, dtype=torch.float64)
-        pulled = pull_back_ternary(gradient, latent, c, *self.scales, 0.05)
-        jacobian = torch.autograd.functional.jacobian(
-            lambda u: c * TernaryStraightThrough.apply(u, *self.scales, 0.05), latent
-        )
-        changes = jacobian.square().sum(dim=(0, 1))
-        _, metric = gradient_and_metric(pulled["latent"])
-        assert float(metric) == pytest.approx(float(changes.mean()))
-        assert float(gradient_and_metric(pulled["scale_pos"])[1]) == pytest.approx(unit**2 * 4)
-        assert float(gradient_and_metric(pulled["scale_neg"])[1]) == pytest.approx(unit**2 * 2)
-        assert float(pulled["scale_pos"][0]) == pytest.approx((1 + 2 + 3 + 7) / 4 / unit)
-        assert float(pulled["scale_neg"][0]) == pytest.approx(-(4 + 8) / 2 / unit)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    name=st.sampled_from([*OPTIONS]),
+    seed=st.integers(0, 10**6),
+    radius=st.sampled_from([0.4, 1.0, math.inf]),
+    power=st.sampled_from([-20, -3, 0, 4]),
+)
+@settings(max_examples=60)
+def test_start(
+    layout: tuple[tuple[int, ...], Any, int], name: str, seed: int, radius: float, power: int
+) -> None:
+    """Unit, latents and scales, of weights of any size, against the transcription."""
+    shape, axis, groups = layout
+    weight = torch.tensor(np.random.default_rng(seed).normal(0, 10.0**power, (1, *shape)))
+    if seed % 5 == 0:
+        weight = weight.abs()  # one zone is empty
+    given = weight.clone()
+    state = make(name, axis, groups).start(weight, radius)
+    assert torch.equal(weight, given)
+    own = {"scale_axis": axis, "scale_groups": groups, **OPTIONS[name]}
+    expected = make_parameter(weight[0].numpy(), Settings(quantizer=name, radius=radius, **own))
+    doubled = expected.unit / state["unit"].item()  # type: ignore[union-attr]
+    assert doubled in (1.0, 2.0) or doubled == pytest.approx(1.0, rel=1e-14)
+    latent = expected.latent.value * round(doubled)  # type: ignore[union-attr]
+    torch.testing.assert_close(state["latent"][0], torch.tensor(latent), rtol=1e-14, atol=0)
+    for key in ("scale_pos", "scale_neg") if name == "ternary" else ():
+        value = float(getattr(expected, key).value)
+        assert float(state[key]) == pytest.approx(value, rel=1e-12)
+        assert float(state[key]) >= 1e-3
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zeros(name: str, dtype: torch.dtype) -> None:
+    """All zero: a unit of 1/√n, weights and gradients that are finite, so that it can be left."""
+    quantizer = make(name)
+    state = quantizer.start(torch.zeros(2, 3, 4, dtype=dtype), 1.0)
+    torch.testing.assert_close(state["unit"].flatten(), torch.full((2,), 0.5, dtype=dtype))
+    state = {key: value.view(2, 1, 1) if key != "latent" else value for key, value in state.items()}
+    assert not quantizer.quantize(state).any()
+    for delta, metric in quantizer.pull_back(torch.ones(2, 3, 4, dtype=dtype), state).values():
+        assert torch.isfinite(delta).all()
+        assert metric is not None
+        assert (metric > 0).all()
+    assert (quantizer.pull_back(torch.ones(2, 3, 4, dtype=dtype), state)["latent"][0] != 0).all()
+
+
+def quantize(name: str, latent: list[list[float]], **own: Any) -> list[list[float]]:
+    numbers = {"unit": 2.0, "scale_pos": 0.75, "scale_neg": 0.25}
+    state = {key: torch.full((1, 1, 1), value) for key, value in numbers.items()}
+    result: list[list[list[float]]] = (
+        make(name, **own).quantize({**state, "latent": torch.tensor([latent])}).tolist()
+    )
+    return result[0]
+
+
+def test_values_of_binary() -> None:
+    """One magnitude a channel; the sign of both zeros is +1."""
+    assert quantize("binary", [[0.5, -0.25, 0.75, -0.5]]) == [[1.0, -1.0, 1.0, -1.0]]
+    assert quantize("binary", [[0.0, -0.0, 0.5, -0.5]]) == [[0.5, 0.5, 0.5, -0.5]]
+
+
+def test_values_of_ternary() -> None:
+    """Δ = t·max|u| of the whole tensor; both u > Δ and u < −Δ are strict, and 0.5 is exact."""
+    assert quantize(
+        "ternary", [[1.0, 0.5, -0.5], [0.5000001, -0.5000001, -0.0]], threshold=0.5
+    ) == [
+        [1.5, 0.0, 0.0],
+        [1.5, -0.5, 0.0],
+    ]
+    assert quantize("ternary", [[0.0, 1e-30, -1e-30, 1.0]], threshold=0.0) == [
+        [0.0, 1.5, -0.5, 1.5]
+    ]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_levels_of_uniform(bits: int) -> None:
+    """2^bits − 1 of them in a channel, symmetric, all in use, the nearest one taken."""
+    generator = torch.Generator().manual_seed(bits)
+    u = 2 * torch.rand(1, 3, 20_000, generator=generator) - 1
+    quantizer, unit = make("uniform", bits=bits), torch.full((1, 1, 1), 0.37)
+    values, q = quantizer.quantize({"latent": u, "unit": unit}), 2 ** (bits - 1) - 1
+    for latent, channel in zip(u[0], values[0], strict=True):
+        levels = channel.unique()
+        assert len(levels) == 2 * q + 1
+        assert torch.equal(levels, -levels.flip(0))
+        assert levels[-1] == 0.37 * latent.abs().max()
+        half = levels[-1].double() / q / 2
+        assert ((channel.double() - 0.37 * latent.double()).abs() <= half * (1 + 1e-4)).all()
+    assert torch.equal(quantizer.quantize({"latent": -u, "unit": unit}), -values)
+
+
+def test_ties_of_uniform_go_to_the_even_level() -> None:
+    """With q = 2 in units of a: halfway between 0 and ½ to 0, between ½ and 1 to 1 (q is 3: ⅓)."""
+    assert quantize("uniform", [[1.0, 0.5, -0.5, 0.49]], bits=2) == [[2.0, 0.0, 0.0, 0.0]]
+    assert quantize("uniform", [[6.0, 1.0, 3.0, 5.0, -5.0]], bits=3) == [
+        pytest.approx([12.0, 0.0, 8.0, 8.0, -8.0])
+    ]
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (1, 200)])
+def test_no_binary_weights_move_farther_than_those_of_sgd(shape: tuple[int, ...]) -> None:
+    """The longest change that a gradient of length 1 can make by M⁻¹δ; with one channel it is 1."""
+    state, _ = draw(shape)
+    n, quantizer = math.prod(shape), make("binary")
+    u, c, W = next(each(state))
+    steps = []
+    for row in torch.eye(n, dtype=torch.float64):
+        delta, M = quantizer.pull_back(row.view(1, *shape).expand(BATCH, -1, -1), state)["latent"]
+        assert M is not None
+        steps.append((delta / M)[0].flatten())
+    jacobian = torch.autograd.functional.jacobian(lambda u: surrogate("binary", u, c, W, 0, 1), u)
+    changes = jacobian.reshape(n, n) @ torch.stack(steps, dim=1)
+    assert float(torch.linalg.matrix_norm(changes, 2)) == pytest.approx(1)
 
 
 def test_registry() -> None:
-    assert set(QUANTIZERS) == {"binary", "ternary", "uniform"}
+    assert set(QUANTIZERS) == set(OPTIONS)

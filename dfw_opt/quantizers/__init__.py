@@ -3,14 +3,14 @@ r"""Quantizers: how a latent becomes a weight, and a weight's gradient the laten
 Training quantized weights by their latents is mirror descent: the latent :math:`u` is the *dual
 variable*, which gradients move; the quantizer is the *mirror map* :math:`Q`, which takes it to the
 weights that the network is evaluated at. A quantizer is three things: the state that it keeps for a
-parameter, the map :math:`Q`, and the pull-back of the gradient at :math:`Q(u)`, straight through the
-rounding, to the gradient :math:`\delta` of each variable that is trained.
+parameter, the map :math:`Q`, and the pull-back of the gradient at :math:`Q(u)`, straight through
+the rounding, to the gradient :math:`\delta` of each variable that is trained.
 
-**The metric.** A unit step of a latent changes its weight by about the size of a level of the layer;
-one of a shared scale changes thousands of weights at once. In the Euclidean norm, so that one
-learning rate serves them all, a step of a variable is measured by the change that it makes in the
-weights: :math:`\|\cdot\|_M^2 = M\|\cdot\|^2`, with :math:`M` the squared change per unit step: 1 for
-a float parameter, one number for all latents of a tensor.
+**The metric.** A unit step of a latent changes its weight by about the size of a level, one of a
+shared scale changes thousands of weights at once. In the Euclidean norm a step is measured by the
+change that it makes in the weights, :math:`\|\cdot\|_M^2 = M\|\cdot\|^2`, so that one learning rate
+serves them all: :math:`M`, the squared change per unit step, is 1 for a float parameter, and one
+number for all latents of a tensor.
 
 To add a quantizer, write one file with a :class:`~dfw_opt.quantizers.base.Quantizer` and enter it
 in :data:`QUANTIZERS`.
@@ -19,13 +19,13 @@ in :data:`QUANTIZERS`.
 from collections.abc import Mapping
 from typing import Any
 
-from dfw_opt.quantizers.base import Pullback, Quantizer, State
+from dfw_opt.quantizers.base import SCALE_MIN, Pullback, Quantizer, State
 from dfw_opt.quantizers.binary import Binary
 from dfw_opt.quantizers.relaxed import Relaxed
 from dfw_opt.quantizers.ternary import Ternary
 from dfw_opt.quantizers.uniform import Uniform
 
-__all__ = ["QUANTIZERS", "Pullback", "Quantizer", "State", "quantizer_of"]
+__all__ = ["QUANTIZERS", "SCALE_MIN", "Pullback", "Quantizer", "State", "quantizer_of"]
 
 QUANTIZERS: dict[str, tuple[type[Quantizer], tuple[str, ...]]] = {
     "binary": (Binary, ()),

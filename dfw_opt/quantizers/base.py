@@ -11,10 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Pullback", "Quantizer", "State"]
+__all__ = ["SCALE_MIN", "Pullback", "Quantizer", "State"]
+
+SCALE_MIN = 1e-3
+"""The least value of what is trained beside the latent: two levels must never share a sign."""
 
 State = dict[str, Tensor]
-"""What is kept for a parameter, or for a batch of them, by name: ``"latent"``, ``"unit"``, scales."""
+"""What is kept for a parameter, or for a batch of them: ``"latent"``, ``"unit"``, scales."""
 
 
 class Pullback(NamedTuple):
@@ -32,12 +35,10 @@ class Quantizer:
 
     Attributes:
         scales: the state keys of what is trained beside the latent, in the unit :math:`c`.
-        scale_min: their least value.
         leveled: whether levels follow from the latents, so that the box bounds them.
     """
 
     scales: tuple[str, ...] = ()
-    scale_min = 0.0
     leveled = True
 
     def __init__(self, axis: Sequence[int] = (0,), groups: int = 1) -> None:
@@ -57,7 +58,7 @@ class Quantizer:
         """
         unit = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True)
         usual = self.channel_size(weight) ** -0.5
-        # The square of a unit, which is in the metric, must be within what float32 can hold.
+        # Its square, which is in the metric, must be within what float32 can hold.
         unit = unit.clamp(min=usual) if self.leveled else torch.where(unit < 1e-15, usual, unit)
         state = {"latent": (weight / unit).clamp(-radius, radius), "unit": unit}
         return state | self.starting_scales(state["latent"])
@@ -85,6 +86,6 @@ class Quantizer:
         if self.groups == 1:
             return how(x, [d for d in range(1, x.dim()) if d not in kept], keepdim=True)
         # (group × input, output / groups, ...): a channel is a group and an output within it.
-        grouped = x.unflatten(1, (self.groups, -1))
+        grouped = x.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
         result = how(grouped, [d for d in range(2, x.dim() + 1) if d - 1 not in kept], keepdim=True)
         return result.expand(-1, -1, grouped.shape[2], *result.shape[3:]).flatten(1, 2)

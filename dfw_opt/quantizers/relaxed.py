@@ -40,7 +40,7 @@ class Relaxed(Quantizer):
     def __init__(self, hard: Quantizer, relaxation: float) -> None:
         super().__init__(hard.axis, hard.groups)
         self.hard, self.relaxation = hard, relaxation
-        self.scales, self.scale_min, self.leveled = hard.scales, hard.scale_min, hard.leveled
+        self.scales, self.leveled = hard.scales, hard.leveled
         self.starting_scales = hard.starting_scales  # type: ignore[method-assign]
 
     def quantize(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -50,6 +50,6 @@ class Relaxed(Quantizer):
     def pull_back(self, grad: Tensor, state: Mapping[str, Tensor]) -> dict[str, Pullback]:
         theta, c, pulled = self.relaxation, state["unit"], self.hard.pull_back(grad, state)
         delta, M = pulled.pop("latent")
-        root = (1 - theta) * M.sqrt() + theta * c
+        root = (1 - theta) * (c.square() if M is None else M).sqrt() + theta * c
         scales = {key: Pullback((1 - theta) * d, metric) for key, (d, metric) in pulled.items()}
         return {"latent": Pullback((1 - theta) * delta + theta * c * grad, root.square()), **scales}

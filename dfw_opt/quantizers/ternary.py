@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dfw_opt.quantizers.base import Pullback, Quantizer, State
+from dfw_opt.quantizers.base import SCALE_MIN, Pullback, Quantizer, State
 
 __all__ = ["Ternary"]
 
@@ -37,7 +37,6 @@ class Ternary(Quantizer):
     """The mirror map of the module's first formula."""
 
     scales = ("scale_pos", "scale_neg")
-    scale_min = 1e-3  # two levels must never share a sign
     leveled = False
 
     def __init__(
@@ -50,7 +49,7 @@ class Ternary(Quantizer):
         magnitude, means = latent.abs(), []
         for zone in self._zones(latent):
             count = _total(zone.to(latent)).clamp(min=1)
-            means.append((_total(magnitude * zone) / count).clamp(min=self.scale_min))
+            means.append((_total(magnitude * zone) / count).clamp(min=SCALE_MIN))
         return dict(zip(self.scales, means, strict=True))
 
     def quantize(self, state: Mapping[str, Tensor]) -> Tensor:
