@@ -143,7 +143,7 @@ class LatentOptimizer(Optimizer):
             ValueError: it is not in [0, 1], or no group is quantized.
         """
         groups = validate.groups_to_relax(self, relaxation)
-        validate.warn_if_overwritten(self)  # before anything changes: it may be an error
+        validate.warn(validate.overwritten(self))  # before anything changes: it may be an error
         for settings in (self.defaults, *groups):
             settings["relaxation"] = float(relaxation)
         for group in groups:
@@ -233,6 +233,7 @@ class LatentOptimizer(Optimizer):
         self._written: dict[Tensor, int] = {}
         """At which version of its tensor a quantized parameter was last written."""
         self._warned: set[str] = set()
+        self._late: list[str] = []
         self._seen: dict[int, tuple[Any, ...]] = {}
         """The settings of each group that have been checked."""
         # How the core computes; sharding.adapt() has others of these.

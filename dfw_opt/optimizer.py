@@ -106,8 +106,8 @@ class FrankWolfe(LatentOptimizer):
             RuntimeError: a gradient is sparse; or the watched module has taken part in no
                 ``backward()`` since the last step.
 
-        A loss or gradient that is NaN or infinite skips the step: nothing changes, :attr:`gamma` is
-        NaN and :attr:`skipped_steps` grows by one.
+        A loss or gradient that is NaN or infinite, or too large for its square to be finite, skips
+        the step: nothing changes, ``gamma`` is NaN and ``skipped_steps`` grows by one.
         """
         result, ell = self._loss(closure, loss)
         norm, mu, eps = (self.param_groups[0][key] for key in ("norm", "momentum", "eps"))
@@ -180,7 +180,8 @@ class FrankWolfe(LatentOptimizer):
                 torch._foreach_mul_(plane, 1 - share)
                 torch._foreach_add_(plane, (share * delta).unbind())
                 ahead = torch.lerp(delta, self._stack(plane), mu)  # Nesterov
-                planes.append((ahead, group["layout"], delta))
+                layout = group["layout"]
+                planes.append((ahead, layout, delta if layout == "rows" else None))
                 size = self._stack(self._kept(params, key, "size"))
                 spectral.append((variable, values, plane, _like(size, delta)))
         directions = self._steepest(planes)

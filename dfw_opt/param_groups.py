@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["param_groups"]
 
@@ -47,7 +47,7 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
         TypeError: ``model`` is no module, or ``skip`` is a module or a class.
         ValueError: a name in ``skip`` matches no such layer.
 
-    >>> from torch import nn
+    >>> from torch import Tensor, nn
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     >>> [(group["name"], group["param_names"]) for group in param_groups(model)]
     [('quantized', ['1.weight']), ('float', ['0.weight', '0.bias', '1.bias', '2.weight', '2.bias'])]
@@ -69,7 +69,7 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
         for key, p in module._parameters.items():
             if p is not None:
                 quantizable = name in layers and name not in skipped and key == "weight"
-                uses.setdefault(id(p), set()).add(_use(module, key, p.dim(), quantizable))
+                uses.setdefault(id(p), set()).add(_use(module, p, quantizable))
     groups: dict[tuple[str, Any], dict[str, Any]] = {("quantized", None): _group("quantized")}
     for name, p in model.named_parameters():
         use = uses[id(p)].pop() if len(uses[id(p)]) == 1 else ("float", None)
@@ -82,14 +82,15 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
     return list(groups.values())
 
 
-def _use(module: nn.Module, key: str, dim: int, quantizable: bool) -> tuple[str, Any]:
+def _use(module: nn.Module, p: Tensor, quantizable: bool) -> tuple[str, Any]:
     """The name of the group that a parameter belongs to, and what tells it from others alike."""
     if quantizable:
         transposed = isinstance(module, _TRANSPOSED)
         return ("quantized transposed", module.groups) if transposed else ("quantized", None)
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding", None
-    return ("stack", None) if dim > 2 and not isinstance(module, _LAYERS) else ("float", None)
+    stacked = p.dim() > 2 and min(p.shape[-2:]) > 1 and not isinstance(module, _LAYERS)
+    return ("stack" if stacked else "float"), None
 
 
 def _group(name: str, channels: Any = None) -> dict[str, Any]:
@@ -107,16 +108,11 @@ def _warn_of_matrices(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _LAYERS) and "weight" not in module._parameters:
             _log.warning("%s stays float: its weight is computed, not a parameter", name)
-        if not isinstance(module, (*_LAYERS, nn.Embedding, nn.EmbeddingBag)):
-            for key, p in module._parameters.items():
-                if (
-                    p is not None
-                    and p.dim() > 1
-                    and min(p.shape[-2:]) > 1
-                    and p.is_floating_point()
-                ):
-                    full = f"{name}.{key}" if name else key
-                    _log.warning("%s stays float: it is no Conv or Linear layer's", full)
+        for key, p in module._parameters.items():
+            matrix = p is not None and p.dim() > 1 and min(p.shape[-2:]) > 1
+            if matrix and not isinstance(module, (*_LAYERS, nn.Embedding, nn.EmbeddingBag)):
+                full = f"{name}.{key}" if name else key
+                _log.warning("%s stays float: it is no Conv or Linear layer's", full)
 
 
 def _skipped(layers: dict[str, nn.Module], skip: Skip | None) -> set[str]:

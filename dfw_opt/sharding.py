@@ -37,7 +37,6 @@ __all__ = [
     *("Ranks", "adapt", "agreed", "all_finite", "check_process_group", "is_probe", "is_sharded"),
     *("local", "mean_loss", "place", "placed_alike", "placed_as_state", "whole"),
 ]
-
 Ranks = ProcessGroup | Literal["world"] | None
 """Over which ranks a loss is averaged: all, those of a group, or no others."""
 
@@ -62,8 +61,7 @@ def mean_loss(optimizer: "LatentOptimizer", loss: Any) -> Tensor:
             groups += [g for mesh in _mesh(_params(optimizer)) for g in mesh.get_all_groups()]
         for group in groups:
             if (ranks := dist.get_world_size(group)) > 1:
-                ell = ell.clone()
-                dist.all_reduce(ell, group=group)
+                dist.all_reduce(ell := ell.clone(), group=group)
                 ell /= ranks
     optimizer._ell = ell
     return ell
@@ -83,13 +81,10 @@ def _beside(optimizer: "LatentOptimizer", loss: Any) -> Tensor:
 
 
 def is_probe(optimizer: "LatentOptimizer") -> bool:
-    """Whether this is a step as torch.distributed.checkpoint makes one, to see what state there is:
-    of length 0, with gradients of 0 everywhere.
-    """
+    """Whether torch.distributed.checkpoint makes this step, to see what state there is."""
+    trained = [p for p in _params(optimizer) if p.requires_grad]
     return all(float(group["lr"]) == 0 for group in optimizer.param_groups) and all(
-        p.grad is not None and not whole(p.grad).any()
-        for p in _params(optimizer)
-        if p.requires_grad
+        p.grad is not None and not whole(p.grad).any() for p in trained
     )
 
 
@@ -107,8 +102,8 @@ def agreed(optimizer: "LatentOptimizer", check: Callable[[], Any]) -> Any:
         error = raised
     for mesh in _mesh(_params(optimizer)):
         failed = torch.full((), float(error is not None), device=mesh.device_type)
-        if whole(_spread(failed, mesh)) and error is None:
-            error = ValueError("another rank cannot load this checkpoint, and says why")
+        if whole(_spread(failed, mesh)):
+            raise error or ValueError("another rank cannot load this checkpoint, and says why")
     if error is not None:
         raise error
     return result
@@ -130,20 +125,16 @@ def local(x: Any) -> Any:
 
 
 def place(p: Any, state: dict[str, Tensor]) -> tuple[Any, ...]:
-    """What tensors must have in common to be stacked; moves the state to where the parameter is.
-
-    Raises:
-        RuntimeError: the gradient is sparse.
-    """
+    """What tensors must have in common to be stacked; moves the state to where the parameter is."""
     if p.grad is not None and p.grad.layout != torch.strided:
         raise RuntimeError(
             f"sparse gradients are not supported (parameter of shape {tuple(p.shape)}); make the "
             "layer with sparse=False"
         )
     for key, value in state.items():
-        if value.device == p.device:
-            break  # all of a state is on one device
-        state[key] = value.to(p.device)
+        if value.device == p.device and value.dtype.itemsize >= p.dtype.itemsize:
+            break  # all of a state is on one device, and of one dtype
+        state[key] = value.to(p.device, torch.promote_types(value.dtype, p.dtype))
     if not is_sharded(p):
         return (p.shape, p.dtype, p.device)
     if p.grad is not None:
@@ -159,15 +150,15 @@ def placed_alike(x: Any, other: Any) -> bool:
 
 def placed_as_state(x: Tensor, p: Any) -> Tensor:
     """``x``, loaded for ``p``: a number of a sharded parameter is a DTensor too."""
-    from_all = is_sharded(p) and not is_sharded(x)
-    return _spread(x, p.device_mesh, "Replicate") if from_all else x
+    return x if not is_sharded(p) or is_sharded(x) else _spread(x, p.device_mesh, "Replicate")
 
 
 def adapt(optimizer: "LatentOptimizer", p: Tensor) -> None:
     """Prepares an optimizer for a parameter: for one in parts, or on another device than others."""
-    if is_sharded(p):
+    if is_sharded(p) and optimizer._copy is not _copy:
         optimizer._norm, optimizer._copy, optimizer._settle = _norms, _copy, _settled
-        optimizer._gather, optimizer._steepest = _gather, _steepest
+        optimizer._gather = _gather
+        optimizer._steepest = partial(_steepest, optimizer._steepest)
     elif p.device != optimizer._gamma.device:
         optimizer._gather = _gather
 
@@ -202,10 +193,7 @@ def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _settled(x: Any, whole: bool = False) -> Any:
-    """``x`` with no sum over ranks left to be done.
-
-    With ``whole``, it is on all ranks where some would hold nothing, which has no maximum.
-    """
+    """``x`` with no sum left to do; whole, where a rank has nothing, of which is no maximum."""
     if not is_sharded(x):
         return x
     from torch.distributed.tensor import Replicate
@@ -244,11 +232,8 @@ def _gather(terms: Sequence[Any]) -> Tensor:
     return torch.stack([result[i].to(result[0]) for i in range(len(terms))])
 
 
-def _steepest(planes: list[norms.Plane]) -> list[Tensor]:
-    """:func:`dfw_opt.norms.spectral` of each. A tensor that is cut goes whole to one of the ranks.
-
-    All go in one message and come back in another, so that the ranks work at the same time.
-    """
+def _steepest(of_whole: Callable[..., list[Tensor]], planes: list[norms.Plane]) -> list[Tensor]:
+    """The direction of each. What is cut goes whole to one rank, all in one message each way."""
     from torch.distributed.tensor import Replicate, Shard
 
     directions: list[Any] = [plane[0] for plane in planes]
@@ -260,21 +245,24 @@ def _steepest(planes: list[norms.Plane]) -> list[Tensor]:
         least = 2 if rows else gradient.dim() - 2 if layout == "stack" else 1
         if all(placements[axis].dim < least for axis in axes):  # what is normalised is not cut
             own = local(gradient)
-            own.copy_(norms.spectral(own, layout, None if present is None else local(present)))
+            own.copy_(of_whole([(own, layout, local(present))])[0])
         elif rows:
             present = _redistributed(present, [Replicate()] * len(placements))
-            directions[i] = norms.spectral(gradient, layout, present)
+            directions[i] = of_whole([(gradient, layout, present)])[0]
         else:  # over one axis of the mesh; along others each does the same
             one = [Shard(p.dim) if a == axes[0] else Replicate() for a, p in enumerate(placements)]
             directions[i] = _redistributed(gradient, one)
             alike.setdefault((directions[i].device_mesh, axes[0], gradient.dtype), []).append(i)
     for (mesh, axis, _), indices in alike.items():
-        _share_out([directions[i] for i in indices], [planes[i][1] for i in indices], mesh, axis)
+        cut, layouts = [directions[i] for i in indices], [planes[i][1] for i in indices]
+        _share_out(of_whole, mesh, axis, cut, layouts)
     placed = [getattr(plane[0], "placements", None) for plane in planes]
     return [_redistributed(D, there) if there else D for D, there in _pairs(directions, placed)]
 
 
-def _share_out(gradients: list[Any], layouts: list[str], mesh: Any, axis: int) -> None:
+def _share_out(
+    of_whole: Any, mesh: Any, axis: int, gradients: list[Any], layouts: list[str]
+) -> None:
     """Puts its direction in the place of each gradient, all of them cut along an axis of a mesh."""
     ranks, group = mesh.size(axis), mesh.get_group(axis)
     dims = [x.placements[axis].dim for x in gradients]
@@ -294,8 +282,8 @@ def _share_out(gradients: list[Any], layouts: list[str], mesh: Any, axis: int) -
     answers: list[list[Tensor]] = [[here[0].new_empty(0)] for _ in range(ranks)]
     for i, batch in groupby(mine, lambda pair: pair[0]):
         matrices = torch.stack([torch.cat(next(pieces)).view(shapes[i]) for _ in batch])
-        D = norms.spectral(matrices.movedim(1, dims[i]), layouts[i]).movedim(dims[i], 1)
-        for answer, part in _pairs(answers, torch.split(D, parts[i], 1)):
+        (D,) = of_whole([(matrices.movedim(1, dims[i]), layouts[i], None)])
+        for answer, part in _pairs(answers, torch.split(D.movedim(dims[i], 1), parts[i], 1)):
             answer += part.unbind()
     sizes = [[here[i][k].numel() for i, k in of] for of in owned]
     for of, received in _pairs(owned, _exchange(answers, sizes, group)):

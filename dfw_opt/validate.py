@@ -15,24 +15,6 @@ from dfw_opt.quantizers import QUANTIZERS, quantizer_of
 if TYPE_CHECKING:
     from dfw_opt.lifecycle import LatentOptimizer
 
-__all__ = [
-    "FIXED",
-    "after_step",
-    "before_step",
-    "check_group",
-    "check_groups",
-    "check_settings",
-    "describe",
-    "groups_to_relax",
-    "loss_of_step",
-    "note_written",
-    "warn_if_overwritten",
-]
-
-NORMS = ("spectral", "euclidean")
-STEP_SIZES = ("exact", "closed_form")
-LAYOUTS = ("matrix", "rows", "stack")
-
 # Name: (test of a finite number, what the number must be).
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "lr": (lambda x: x >= 0, "at least 0"),
@@ -48,18 +30,19 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "scale_groups": (lambda x: isinstance(x, int) and x >= 1, "a whole number, at least 1"),
 }
-_CHOICES = {"norm": NORMS, "step_size": STEP_SIZES, "layout": LAYOUTS}
+_CHOICES = {
+    "norm": ("spectral", "euclidean"),
+    "step_size": ("exact", "closed_form"),
+    "layout": ("matrix", "rows", "stack"),
+}
 FIXED = ("norm", "quantizer", "layout", "scale_axis", "scale_groups")
 """Settings that decide what the state of a parameter means."""
 _CHANGING = ("lr", "momentum", "weight_decay", "eps", "radius", "step_size", "relaxation")
 # Settings that not all optimizers have, and one that does.
-_HOMES = {
-    **dict.fromkeys(
-        ("quantizer", "radius", "step_size", "relaxation", "bits"), "ProjectedDFW or TernaryDFW"
-    ),
-    "threshold": "TernaryDFW",
-    "bits": "ProjectedDFW",
-}
+_BOTH = dict.fromkeys(
+    ("quantizer", "radius", "step_size", "relaxation"), "ProjectedDFW or TernaryDFW"
+)
+_HOMES = {**_BOTH, "threshold": "TernaryDFW", "bits": "ProjectedDFW"}
 _USAGE = (
     "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with a "
     "closure that calls backward() and returns the loss, or optimizer.watch_loss(criterion) once "
@@ -67,19 +50,10 @@ _USAGE = (
 )
 
 
-# Settings -----------------------------------------------------------------------------------------
-
-
 def check_group(
     group: Mapping[str, Any], given: Mapping[str, Any], optimizer: "LatentOptimizer"
 ) -> None:
-    """Checks a new group, and what the user gave for it.
-
-    Raises:
-        TypeError: a parameter is complex, not floating point, or flattened by FSDP1.
-        ValueError: a value is out of range or no setting here, differs from other groups' where one
-            counts for all, or does not suit a parameter.
-    """
+    """Checks a new group, and what the user gave for it."""
     check_settings(group, optimizer.defaults)
     if given.get("bits") is not None and group["quantizer"] != "uniform":
         raise ValueError(
@@ -120,11 +94,7 @@ def check_groups(optimizer: "LatentOptimizer") -> None:
 
 
 def check_settings(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Checks the values in ``group`` for an optimizer whose defaults are ``known``.
-
-    Raises:
-        ValueError: a value is out of range, or names nothing.
-    """
+    """Checks the values in ``group`` for an optimizer whose defaults are ``known``."""
     for name, home in _HOMES.items():
         if name not in known and group.get(name) is not None:
             raise ValueError(f"{name}={group[name]!r} is no setting of this optimizer; use {home}")
@@ -217,11 +187,7 @@ def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
 
 
 def groups_to_relax(optimizer: "LatentOptimizer", relaxation: float) -> list[dict[str, Any]]:
-    """The quantized groups, if ``relaxation`` can be set.
-
-    Raises:
-        ValueError: it is not in [0, 1], or no group is quantized.
-    """
+    """The quantized groups, if ``relaxation`` can be set."""
     _check_number("relaxation", relaxation, *_RANGES["relaxation"])
     groups = [group for group in optimizer.param_groups if group.get("quantizer") is not None]
     if not groups:
@@ -239,12 +205,8 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
         name, norm = group.get("quantizer"), group.get("norm")
         idle = {"params", "param_names"} | ({"step_size"} if norm == "spectral" else {"layout"})
         if name is None:
-            idle |= {
-                "relaxation",
-                "scale_axis",
-                "scale_groups",
-                *(() if group.get("radius") else ("step_size",)),
-            }
+            idle |= {"relaxation", "scale_axis", "scale_groups"}
+            idle |= set() if group.get("radius") else {"step_size"}
         own = QUANTIZERS[name][1] if name in QUANTIZERS else ()
         idle |= {key for _, keys in QUANTIZERS.values() for key in keys} - {*own}
         lines += [f"Parameter Group {number}: {len(group['params'])} parameters"]
@@ -252,18 +214,8 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     return "\n".join([f"{type(optimizer).__name__} (", *lines, ")"])
 
 
-# A step -------------------------------------------------------------------------------------------
-
-
 def loss_of_step(optimizer: "LatentOptimizer", closure: Any, loss: Any) -> tuple[Any, Any]:
-    """What a step is to return, and the loss to step by: passed, the closure's, or watched.
-
-    Raises:
-        TypeError: both of ``closure`` and ``loss`` were given, or neither and none is watched; or
-            the closure cannot be called; or the loss is no real number.
-        ValueError: the loss is not a scalar.
-        RuntimeError: the loss is watched, but has taken part in no ``backward()``.
-    """
+    """What a step is to return, and the loss to step by: passed, the closure's, or watched."""
     name, watch = type(optimizer).__name__, optimizer._watch
     if closure is not None and loss is not None:
         raise TypeError(f"{name}.step takes a closure or a loss, not both: {_USAGE}")
@@ -300,12 +252,7 @@ def _checked(source: str, loss: Any) -> Any:
 
 
 def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
-    """Checks what may have been changed since the last step: settings, and parameters.
-
-    Raises:
-        ValueError: a setting is out of range, or cannot change; or a parameter that was frozen
-            does not suit its quantizer.
-    """
+    """Checks what may have been changed since the last step: settings, and parameters."""
     if torch.compiler.is_compiling():
         return
     for number, group in enumerate(optimizer.param_groups):
@@ -322,9 +269,10 @@ def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
             _check_shared(group, optimizer.param_groups[0])
             optimizer._seen[number] = seen
         for p in group["params"]:
-            if p.requires_grad and p not in optimizer.state and group.get("quantizer") is not None:
+            unfrozen = p.grad is not None and p not in optimizer.state
+            if unfrozen and group.get("quantizer") is not None:
                 _check_parameter(p, group)
-    warn_if_overwritten(optimizer)
+    optimizer._late = overwritten(optimizer)  # other ranks wait for this one: warn when they have
 
 
 def _settings(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -339,6 +287,7 @@ def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
         return
     note_written(optimizer)
     optimizer._watch.clear()
+    warn(optimizer._late)
     if optimizer._ell.device.type == "cpu" and -math.inf < float(optimizer._ell) < 0:
         _warn_once(
             optimizer,
@@ -368,12 +317,13 @@ def note_written(optimizer: "LatentOptimizer") -> None:
         optimizer._written[p] = p._version
 
 
-def warn_if_overwritten(optimizer: "LatentOptimizer") -> None:
-    """Values that others put into a quantized parameter are about to be lost: says so.
+def overwritten(optimizer: "LatentOptimizer") -> list[str]:
+    """Puts back Q(u) where others have written to a quantized parameter, and says so.
 
     Parameters in parts are not looked at: to compare them all ranks are needed, and one rank alone
     may have been written to.
     """
+    texts = []
     for p in _whole_quantized(optimizer):
         if optimizer._written.get(p, p._version) == p._version:
             continue
@@ -383,12 +333,18 @@ def warn_if_overwritten(optimizer: "LatentOptimizer") -> None:
         with torch.no_grad():
             optimizer._quantize(group, [p])
         if not torch.equal(p, before):
-            warnings.warn(
+            texts.append(
                 f"a quantized parameter of shape {tuple(p.shape)} was changed from outside since "
                 "the last step. The change is lost: the optimizer's latents know nothing of it. "
-                "Load weights before making the optimizer",
-                stacklevel=4,
+                "Load weights before making the optimizer"
             )
+    return texts
+
+
+def warn(texts: list[str]) -> None:
+    """Warns of each."""
+    for text in texts:
+        warnings.warn(text, stacklevel=4)
 
 
 def _whole_quantized(optimizer: "LatentOptimizer") -> list[Tensor]:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed.checkpoint import load as dcp_load  # type: ignore[attr-defined]
 from torch.distributed.checkpoint import save as dcp_save  # type: ignore[attr-defined]
-from torch.distributed.checkpoint import state_dict as whole_or_cut
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -68,16 +68,16 @@ SAVED = [*MAIN_KINDS, BARE]
 
 
 class Results:
-    """What the checks returned on each rank."""
+    """What the checks returned on each rank, for each kind."""
 
     def __init__(self, by_rank: list[dict[str, Any]]) -> None:
         self.by_rank = by_rank
 
-    def __getitem__(self, check: str) -> list[Any]:
+    def of(self, check: str, kind: Kind) -> list[Any]:
         """Rank by rank; fails the test where a rank did not get that far."""
         if errors := [r["error"][-2500:] for r in self.by_rank if check not in r]:
             pytest.fail(f"{check} on {len(errors)} ranks, of which one:\n{errors[0]}")
-        return [results[check] for results in self.by_rank]
+        return [results[check][str(kind)] for results in self.by_rank]
 
 
 def launch(ranks: int, folder: Path) -> Results:
@@ -257,65 +257,48 @@ def trained(kind: Kind, world: World, layout: str, **settings: Any) -> dict[str,
     return training.outcome() | {"digests": training.digests}
 
 
-def layout(name: str, kinds: Sequence[Kind] = KINDS) -> Callable[[World], dict[str, Any]]:
-    def check(world: World) -> dict[str, Any]:
-        return {str(kind): trained(kind, world, name) for kind in kinds}
-
-    check.__name__ = name
-    return check
-
-
-def groups(world: World) -> dict[str, Any]:
+def groups(kind: Kind, world: World) -> list[Any]:
     """A group of the two ranks is all of them; alone, each makes the steps of its own batch."""
-    result = {}
-    for kind in MAIN_KINDS:
-        pair = trained(kind, world, "ddp", process_group=dist.new_group([0, 1]))
-        result[str(kind)] = [pair["gammas"]]
-        alone = Training(kind, World(), "ddp", process_group=None)
-        with recorded_communication() as calls:
-            alone.run(2 + world.rank)  # as many as it likes
-        cut = Training(kind, world, "rows", process_group=None).run(STEPS)
-        result[str(kind)] += [len(calls), alone.gammas, cut.gammas]
-    return result
+    pair = Training(kind, world, "ddp", process_group=dist.new_group([0, 1])).run(STEPS)
+    with pytest.raises(TypeError, match="process group of its own"):
+        copy.deepcopy(pair.optimizer)
+    alone = Training(kind, World(), "ddp", process_group=None)
+    with recorded_communication() as calls:
+        alone.run(2 + world.rank)  # as many as it likes
+    cut = Training(kind, world, "rows", process_group=None).run(STEPS)
+    return [pair.gammas, len(calls), alone.gammas, cut.gammas]
 
 
 def clipped(kind: Kind, world: World) -> dict[str, Any]:
-    """Gradients scaled by s belong to the loss sℓ. Then: a layer without gradients, one frozen."""
+    """Gradients scaled by s belong to the loss sℓ. A layer is frozen for a step, a bias always."""
     training = Training(kind, world, "rows")
     for step in range(STEPS):
         loss = training.backward(step)
         norm = whole(nn.utils.clip_grad_norm_(training.model.parameters(), 0.5))
-        training.model.conv.requires_grad_(step < 2 or step > 4)
+        training.model.conv.requires_grad_(step != 1)
         training.model.last.bias.grad = None
         training.step(loss * (0.5 / (norm + 1e-6)).clamp(max=1.0))
     return training.outcome()
 
 
-def others(world: World) -> dict[str, Any]:
-    return {str(kind): clipped(kind, world) for kind in MAIN_KINDS}
-
-
-def half_precision(world: World) -> dict[str, Any]:
-    """FSDP2 as it is used: a model made on the meta device, computing in bfloat16."""
-    result = {}
-    for kind in MAIN_KINDS:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        shard, low = {"mp_policy": policy}, torch.float32
-        training = Training(kind, world, "rows", dtype=low, shard=shard).run(STEPS)
-        dtypes = {str(v.dtype) for s in training.optimizer.state.values() for v in s.values()}
-        result[str(kind)] = training.outcome() | {"dtypes": sorted(dtypes)}
-    return result
+def half_precision(kind: Kind, world: World) -> dict[str, Any]:
+    """FSDP2 as it is used: float32, computing in bfloat16."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    training = Training(kind, world, "rows", dtype=torch.float32, shard={"mp_policy": policy})
+    outcome = training.run(STEPS).outcome()
+    dtypes = {str(v.dtype) for state in training.optimizer.state.values() for v in state.values()}
+    return outcome | {"dtypes": sorted(dtypes)}
 
 
 BAD = {1: "loss", 2: "infinite loss", 4: "gradient", 5: "infinite gradient"}
 
 
-def bad_numbers(world: World) -> dict[str, Any]:
+def bad_numbers(kind: Kind, world: World) -> dict[str, Any]:
     """On the last rank only. At the end: what a run without those steps leaves, to the bit."""
+    here = world.rank == world.ranks - 1
 
-    def end(kind: Kind, layout: str, steps: Sequence[int]) -> Training:
+    def end(layout: str, steps: Sequence[int]) -> Training:
         training = Training(kind, world, layout)
-        here = world.rank == world.ranks - 1
         for step in steps:
             loss, bad = training.backward(step), BAD.get(step, "")
             value = math.inf if "infinite" in bad else math.nan
@@ -331,73 +314,57 @@ def bad_numbers(world: World) -> dict[str, Any]:
     result = {}
     # Of the third, plain parameters are spoilt: the other ranks know nothing of it.
     for layout in ("ddp", "rows", "tensor")[: 3 if world.ranks == 2 else 2]:
-        for kind in MAIN_KINDS:
-            every = end(kind, layout, range(7))
-            good = end(kind, layout, [step for step in range(7) if step not in BAD])
-            same = every.digests[-1] == good.digests[-1]
-            skipped = int(every.optimizer.skipped_steps)
-            result[f"{kind} {layout}"] = [same, skipped, every.gammas]
+        every, good = end(layout, range(7)), end(layout, [i for i in range(7) if i not in BAD])
+        skipped = int(every.optimizer.skipped_steps)
+        result[layout] = [every.digests[-1] == good.digests[-1], skipped, every.gammas]
     return result
 
 
-def written(world: World) -> dict[str, Any]:
+def written(kind: Kind, world: World) -> list[Any]:
     """One rank alone writes to a quantized weight. The step is that of weights left alone."""
-    result = {}
-    for kind in (kind for kind in MAIN_KINDS if kind.quantized):
-        runs = []
-        for write in (False, True):
-            training = Training(kind, world, "rows").run(1)
-            loss = training.backward(1)
-            if write and world.rank == 0:
-                with torch.no_grad():
-                    local(training.model.hidden.weight).mul_(1.5)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                training.step(loss)
-            training.run(1, 2)
-            runs.append(
-                [training.digests, [str(w.message) for w in caught if "DTensor" not in str(w)]]
-            )
-        result[str(kind)] = runs
-    return result
+    runs = []
+    for write in (False, True):
+        training = Training(kind, world, "rows").run(1)
+        loss = training.backward(1)
+        if write and world.rank == 0:
+            local(training.model.hidden.weight.detach()).mul_(1.5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            training.step(loss)
+        training.run(1, 2)
+        runs.append([training.digests, [str(w) for w in caught if "quantized" in str(w)]])
+    return runs
 
 
-def refusals(world: World) -> dict[str, Any]:
+def refusals(kind: Kind, world: World) -> dict[str, list[Any]]:
     """What each rank says where only the last one has a reason, and whether all is as before."""
-    result: dict[str, Any] = {}
-    last = world.rank == world.ranks - 1
+    training = Training(kind, world, "rows").run(1)
+    last, before = world.rank == world.ranks - 1, fingerprint(training.outcome())
 
-    def refused(training: Training, function: Callable[..., object], *args: Any) -> list[Any]:
-        before = fingerprint(training.outcome())
+    def refused(function: Callable[..., object], *args: Any) -> list[Any]:
         try:
             function(*args)
         except ValueError as error:
             return [str(error), fingerprint(training.outcome()) == before]
         return ["", False]
 
-    for kind in MAIN_KINDS:
-        training = Training(kind, world, "rows").run(1)
-        nan, lacking = (copy.deepcopy(training.optimizer.state_dict()) for _ in range(2))
-        if last:
-            first = next(v for s in nan["state"].values() for v in s.values() if v.dim())
-            local(first).fill_(math.nan)
-            first_state = next(iter(lacking["state"].values()))
-            first_state.pop(next(iter(first_state)))
-        columns = Training(kind, world, "columns").run(1).optimizer.state_dict()
-        for name, state in (("nan", nan), ("lacks", lacking), ("columns", columns)):
-            result[f"{kind} {name}"] = refused(training, training.optimizer.load_state_dict, state)
-        if kind.quantized:
-            p = Training(BARE, world, "rows").model.hidden.weight
-            if last:
-                local(p.detach()).fill_(math.nan)
-            result[f"{kind} model"] = refused(training, kind.make, [p])
-    return result
+    nan, lacking = (copy.deepcopy(training.optimizer.state_dict()) for _ in range(2))
+    spoilt = Training(BARE, world, "rows").model.hidden.weight
+    if last:
+        local(next(v for s in nan["state"].values() for v in s.values() if v.dim())).fill_(math.nan)
+        state = next(iter(lacking["state"].values()))
+        state.pop(next(iter(state)))
+        local(spoilt.detach()).fill_(math.nan)
+    columns = Training(kind, world, "columns").run(1).optimizer.state_dict()
+    states = {"nan": nan, "lacks": lacking, "columns": columns}
+    result = {key: refused(training.optimizer.load_state_dict, s) for key, s in states.items()}
+    return result | {"model": refused(kind.make, [spoilt]) if kind.quantized else []}
 
 
-def no_values(world: World) -> dict[str, Any]:
+def no_values(kind: Kind, world: World) -> dict[str, Any]:
     """FSDP2 on meta, made real later: the optimizer made after that, or before it."""
 
-    def end(kind: Kind, before: bool) -> Any:
+    def end(before: bool) -> Any:
         with torch.device("meta"):
             model = Net()
         fully_shard(model)
@@ -408,11 +375,9 @@ def no_values(world: World) -> dict[str, Any]:
             return str(error)
         model.to_empty(device="cpu")
         for p in model.parameters():
-            generator = torch.Generator().manual_seed(0)
-            values = torch.randn(p.shape, generator=generator)
+            values = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
             rows = values.chunk(world.ranks)
-            with torch.no_grad():
-                local(p).copy_(rows[world.rank] if world.rank < len(rows) else values[:0])
+            local(p.detach()).copy_(rows[world.rank] if world.rank < len(rows) else values[:0])
         optimizer = optimizer or make(param_groups(model, skip="last"))
         for step in range(2):
             inputs, labels = make_batch(step)
@@ -422,18 +387,13 @@ def no_values(world: World) -> dict[str, Any]:
             optimizer.step(loss=loss)
         return [whole(p) for p in model.parameters()]
 
-    return {
-        f"{kind} {b}": end(kind, b == "before") for kind in MAIN_KINDS for b in ("before", "after")
-    }
-
-
-Call = tuple[str, int]
+    return {"before": end(True), "after": end(False)}
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[tuple[str, int]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -448,7 +408,7 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def recorded_communication() -> Iterator[list[Call]]:
+def recorded_communication() -> Iterator[list[tuple[str, int]]]:
     """Every collective inside, whatever function started it: its name, and the bytes of the larger
     of what a rank gives and gets.
 
@@ -464,10 +424,10 @@ def counted_matrices() -> Iterator[list[tuple[int, int]]]:
     shapes: list[tuple[int, int]] = []
     polar = norms.polar
 
-    def counting(matrix: Tensor) -> Tensor:
+    def counting(matrix: Tensor, *settings: Any) -> Tensor:
         if matrix.shape[1] <= matrix.shape[2]:  # others come again, transposed
             shapes.extend([(int(matrix.shape[1]), int(matrix.shape[2]))] * matrix.shape[0])
-        return polar(matrix)
+        return polar(matrix, *settings)
 
     with mock.patch.object(norms, "polar", counting):
         yield shapes
@@ -478,134 +438,130 @@ def layers(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)), nn.Linear(width, 8))
 
 
-def communication(world: World) -> dict[str, Any]:
+def communication(kind: Kind, world: World) -> dict[str, Any]:
     """Of one step: messages, bytes and matrices."""
     result: dict[str, Any] = {}
-    for kind in COUNTED if world.ranks == 2 else MAIN_KINDS[:3]:
-        for width, depth in SIZES:
-            for place in ("ddp", "rows") if (width, depth) == SIZES[0] else ("rows",):
-                model = layers(width, depth)
-                net: Any = DistributedDataParallel(model) if place == "ddp" else fully_shard(model)
-                optimizer = kind.make(model.parameters(), lr=0.1, weight_decay=1e-3)
-                loss = net(torch.ones(4, width)).square().mean()
-                loss.backward()
-                with recorded_communication() as calls, counted_matrices() as matrices:
-                    optimizer.step(loss=loss)
-                result[f"{kind} {place} {width} {depth}"] = [calls, matrices]
+    for place, (width, depth) in (("ddp", SIZES[0]), *(("rows", size) for size in SIZES)):
+        model = layers(width, depth)
+        net: Any = DistributedDataParallel(model) if place == "ddp" else fully_shard(model)
+        optimizer = kind.make(model.parameters(), lr=0.1, weight_decay=1e-3)
+        loss = net(torch.ones(4, width)).square().mean()
+        loss.backward()
+        with recorded_communication() as calls, counted_matrices() as matrices:
+            optimizer.step(loss=loss)
+        result[f"{place} {width} {depth}"] = [calls, matrices]
     return result
 
 
-def placements(world: World) -> list[str]:
+def placements(kind: Kind, world: World) -> list[str]:
     """Where the state is not cut as its parameter is, or keeps more than its part in memory."""
     problems = []
     for layout in ("rows", "columns") if world.ranks == 2 else ("rows",):
-        for kind in MAIN_KINDS:
-            training = Training(kind, world, layout).run(1)
-            p: Any
-            for name, p in training.model.named_parameters():
-                for key, value in training.optimizer.state.get(p, {}).items():
-                    whole = all(place.is_replicate() for place in value.placements)
-                    good = value.placements == p.placements if value.dim() else whole
-                    shard = value.to_local()
-                    good &= shard.untyped_storage().nbytes() == shard.nbytes
-                    if not good:
-                        problems.append(f"{layout} {kind} {name} {key}: {value.placements}")
+        training = Training(kind, world, layout).run(1)
+        p: Any
+        for name, p in training.model.named_parameters():
+            for key, value in training.optimizer.state.get(p, {}).items():
+                everywhere = all(place.is_replicate() for place in value.placements)
+                good = value.placements == p.placements if value.dim() else everywhere
+                shard = value.to_local()
+                if not good or shard.untyped_storage().nbytes() != shard.nbytes:
+                    problems.append(f"{layout} {name} {key}: {value.placements}")
     return problems
 
 
-def averages(world: World) -> dict[str, Any]:
+def averages(kind: Kind, world: World) -> dict[str, Any]:
     """AveragedModel of parameters in parts: what it says, or its weights after a few steps."""
     result: dict[str, Any] = {}
-    for kind in MAIN_KINDS:
-        for layout in ("rows", "tensor"):
-            training = Training(kind, world, layout)
-            try:
-                averaged = AveragedModel(training.model, training.optimizer)
-                for step in range(4):
-                    training.run(1, step)
-                    averaged.update_parameters(training.model)
-            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-                result[f"{kind} {layout}"] = f"{type(error).__name__}: {error}"
-            else:
-                result[f"{kind} {layout}"] = [whole(p) for p in averaged.module.parameters()]
+    for layout in ("rows", "tensor"):
+        training = Training(kind, world, layout)
+        try:
+            averaged = AveragedModel(training.model, training.optimizer)
+            for step in range(4):
+                training.run(1, step)
+                averaged.update_parameters(training.model)
+            result[layout] = [whole(p) for p in averaged.module.parameters()]
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            result[layout] = str(error)
     return result
 
 
-FULL = whole_or_cut.StateDictOptions(full_state_dict=True, cpu_offload=True)
+def save(kind: Kind, world: World, folder: Path) -> dict[str, Any]:
+    """A checkpoint halfway, and where the training comes to that goes on."""
+    folder.mkdir(exist_ok=True)
+    training = Training(kind, world, "rows")
+    model, optimizer = training.model, training.optimizer
+    before = fingerprint(training.outcome()["values"] | {"gamma": None})
+    dcp_state.get_optimizer_state_dict(model, optimizer)  # makes a step if there is no state
+    after = fingerprint(training.outcome()["values"] | {"gamma": None})
+    training.run(HALF)
+    weights, state = dcp_state.get_state_dict(model, optimizer)
+    dcp_save({"model": weights, "optimizer": state}, checkpoint_id=folder / str(kind))
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = dcp_state.get_state_dict(model, optimizer, options=options)
+    if world.rank == 0:
+        torch.save(full, folder / f"{kind}.full.pt")
+    return training.run(HALF, HALF).outcome() | {"probed": before == after}
 
 
-def save(world: World, folder: Path) -> dict[str, Any]:
-    """Checkpoints halfway, and where the trainings come to that go on."""
+def load(kind: Kind, world: World, folder: Path) -> dict[str, Any]:
+    """Where a training comes to that begins with a checkpoint in ``folder``; also a whole one, that
+    all ranks have read, or the first one.
+    """
     result = {}
-    for kind in SAVED:
-        training = Training(kind, world, "rows")
-        model, optimizer = training.model, training.optimizer
-        before = fingerprint(training.outcome()["values"] | {"gamma": None})
-        whole_or_cut.get_optimizer_state_dict(model, optimizer)  # makes a step if there is no state
-        after = fingerprint(training.outcome()["values"] | {"gamma": None})
-        training.run(HALF)
-        weights, state = whole_or_cut.get_state_dict(model, optimizer)
-        dcp_save({"model": weights, "optimizer": state}, checkpoint_id=folder / str(kind))
-        full = [
-            whole_or_cut.get_model_state_dict(model, options=FULL),
-            whole_or_cut.get_optimizer_state_dict(model, optimizer, options=FULL),
-        ]
-        if world.rank == 0:
-            torch.save(full, folder / f"{kind}.full.pt")
-        result[str(kind)] = training.run(HALF, HALF).outcome() | {"probed": before == after}
-    return result
-
-
-def load(world: World, folder: Path) -> dict[str, Any]:
-    """Where trainings come to that begin with the checkpoints in ``folder``, also whole ones."""
-    result = {}
-    for kind in SAVED:
+    for way in ("cut", "whole", "first")[: 1 if kind is BARE else 3]:  # torch needs a state
+        if way == "first" and world.ranks == 1:
+            continue
         training = Training(kind, world, "rows", seed=7)
         model, optimizer = training.model, training.optimizer
-        weights, state = whole_or_cut.get_state_dict(model, optimizer)
-        dcp_load({"model": weights, "optimizer": state}, checkpoint_id=folder / str(kind))
-        whole_or_cut.set_state_dict(
-            model, optimizer, model_state_dict=weights, optim_state_dict=state
-        )
-        result[str(kind)] = training.run(HALF, HALF).outcome()
-        if kind is BARE:
-            continue  # torch cannot load a whole one with no state in it, that of SGD neither
-        for broadcast in (False, True) if world.ranks > 1 else (False,):
-            training = Training(kind, world, "rows", seed=7)
-            model, optimizer = training.model, training.optimizer
-            full: list[Any] = [{}, {}]
-            if world.rank == 0 or not broadcast:
-                full = torch.load(folder / f"{kind}.full.pt", weights_only=True)
-            options = whole_or_cut.StateDictOptions(
-                full_state_dict=True, broadcast_from_rank0=broadcast
-            )
-            whole_or_cut.set_model_state_dict(model, full[0], options=options)
-            whole_or_cut.set_optimizer_state_dict(model, optimizer, full[1], options=options)
-            result[f"{kind} whole {broadcast}"] = training.run(HALF, HALF).outcome()
+        weights, state = dcp_state.get_state_dict(model, optimizer)
+        options = dcp_state.StateDictOptions()
+        if way == "cut":
+            loaded = {"model": weights, "optimizer": state}
+            dcp_load(loaded, checkpoint_id=folder / str(kind))
+        else:
+            weights, state = {}, {}
+            options = dcp_state.StateDictOptions(True, broadcast_from_rank0=way == "first")
+            if world.rank == 0 or way == "whole":
+                weights, state = torch.load(folder / f"{kind}.full.pt", weights_only=True)
+        dcp_state.set_model_state_dict(model, weights, options=options)
+        dcp_state.set_optimizer_state_dict(model, optimizer, state, options=options)
+        result[way] = training.run(HALF, HALF).outcome()
     return result
 
 
-def saved(world: World) -> dict[str, Any]:
-    (world.folder / "saved").mkdir(exist_ok=True)
-    dist.barrier()
-    return save(world, world.folder / "saved")
+def saved(kind: Kind, world: World) -> dict[str, Any]:
+    return save(kind, world, world.folder / "saved")
 
 
-def loaded(world: World) -> dict[str, Any]:
-    return load(world, world.folder / "others")
+def loaded(kind: Kind, world: World) -> dict[str, Any]:
+    return load(kind, world, world.folder / "others")
 
 
-CHECKS: dict[int, list[Callable[[World], Any]]] = {
-    2: [
-        *[layout("ddp"), layout("rows"), layout("columns", MAIN_KINDS)],
-        *[layout("tensor", MAIN_KINDS), groups, others, half_precision, bad_numbers, written],
-        *[refusals, no_values, communication, placements, averages, saved, loaded],
-    ],
-    4: [
-        *[layout("rows", MAIN_KINDS), layout("hybrid", MAIN_KINDS), layout("both", MAIN_KINDS)],
-        *[bad_numbers, placements, communication, loaded],
-    ],
-}
+Check = tuple[str, Callable[[Kind, World], Any], Sequence[Kind]]
+QUANTIZED = [kind for kind in MAIN_KINDS if kind.quantized]
+SPECTRAL = [kind for kind in MAIN_KINDS if kind.norm == "spectral"]
+
+
+def checks(ranks: int) -> list[Check]:
+    """A name, what is run for each kind, and the kinds."""
+
+    def layout(name: str, kinds: Sequence[Kind] = MAIN_KINDS) -> Check:
+        return name, lambda kind, world: trained(kind, world, name), kinds
+
+    on_both: list[Check] = [
+        ("bad_numbers", bad_numbers, MAIN_KINDS),
+        ("communication", communication, COUNTED if ranks == 2 else SPECTRAL),
+        ("placements", placements, MAIN_KINDS),
+        ("loaded", loaded, SAVED),
+    ]
+    if ranks == 4:
+        return [layout("rows"), layout("hybrid"), layout("both"), *on_both]
+    main = [groups, clipped, half_precision, refusals, no_values, averages]
+    return [
+        *(layout("ddp", KINDS), layout("rows", KINDS), layout("columns"), layout("tensor")),
+        *((check.__name__, check, MAIN_KINDS) for check in main),
+        *(("written", written, QUANTIZED), ("saved", saved, SAVED), *on_both),
+    ]
 
 
 def main() -> None:
@@ -623,10 +579,10 @@ def main() -> None:
     )
     results: dict[str, Any] = {}
     try:
-        for check in CHECKS[world.ranks]:
+        for name, check, kinds in checks(world.ranks):
             start = time.perf_counter()
-            results[check.__name__] = check(world)
-            print(f"{check.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
+            results[name] = {str(kind): check(kind, world) for kind in kinds}
+            print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
     except BaseException:  # which a CheckpointException is
         results["error"] = traceback.format_exc()
     torch.save(results, world.folder / f"{world.rank}.pt")

@@ -13,10 +13,12 @@ direction of its step, ρ the size of that.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,6 @@ Array = NDArray[np.float64]
 Number = Any  # a float or a Fraction: the search below is the same for both
 
 SCALE_MIN = 1e-3
-
-
-# --------------------------------------------------------------------------------------------------
-# The search for γ
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,40 +88,10 @@ def exact_gamma(loss: Number, eps: Number, elements: Sequence[Element]) -> Numbe
         return 1
     if dual_slope(loss, eps, elements, 0) <= 0:
         return 0
-    low, high = 0, len(points) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if dual_slope(loss, eps, elements, points[middle]) >= 0:
-            low = middle
-        else:
-            high = middle
-    left, right = points[low], points[high]
-    above = dual_slope(loss, eps, elements, left)
-    below = dual_slope(loss, eps, elements, right)
+    last = bisect.bisect(points, 0, key=lambda at: -dual_slope(loss, eps, elements, at))
+    left, right = points[last - 1], points[last]
+    above, below = (dual_slope(loss, eps, elements, at) for at in (left, right))
     return left + (right - left) * above / (above - below)
-
-
-def primal(loss: Number, elements: Sequence[Element], point: Sequence[Number]) -> Number:
-    """½η⁻¹‖v − v_t‖²_M + ⟨r, v − v_t⟩_M + max(0, ℓ + ⟨d, v − v_t⟩_M), with r = λv_t."""
-    pairs = list(zip(elements, point, strict=True))
-    proximal = total(e.metric * (v - e.value) ** 2 / (2 * e.lr) for e, v in pairs)
-    decay = total(e.metric * e.weight_decay * e.value * (v - e.value) for e, v in pairs)
-    linear = loss + total(e.metric * e.gradient * (v - e.value) for e, v in pairs)
-    return proximal + decay + max(0, linear)
-
-
-def dual(loss: Number, elements: Sequence[Element], gamma: Number) -> Number:
-    """The smallest value over the box of the same with max(0, s) replaced by γs; taken at v(γ)."""
-    point = [(e, e.at(gamma)) for e in elements]
-    proximal = total(e.metric * (v - e.value) ** 2 / (2 * e.lr) for e, v in point)
-    decay = total(e.metric * e.weight_decay * e.value * (v - e.value) for e, v in point)
-    linear = loss + total(e.metric * e.gradient * (v - e.value) for e, v in point)
-    return proximal + decay + gamma * linear
-
-
-# --------------------------------------------------------------------------------------------------
-# Whole optimizers
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -181,10 +148,6 @@ class Move:
     def weight_decay(self) -> float:
         return self.settings.weight_decay if self.variable.decays else 0.0
 
-    @property
-    def d(self) -> Array:
-        return self.delta / self.metric
-
     def elements(self) -> list[Element]:
         """What the search sees: a closed-form group enters it as if it had no bounds."""
         bounded = self.settings.step_size == "exact"
@@ -198,13 +161,15 @@ class Move:
                 lower=self.variable.lower if bounded else -math.inf,
                 upper=self.variable.upper if bounded else math.inf,
             )
-            for value, gradient in zip(self.variable.value.flat, self.d.flat, strict=True)
+            for value, gradient in zip(
+                self.variable.value.flat, (self.delta / self.metric).flat, strict=True
+            )
         ]
 
     def apply(self, gamma: float) -> None:
         """With momentum: z ← μz − ηγ(d + λv);  v ← Π(v − η(λv + γd) + μz)."""
         lr, mu, decay = self.settings.lr, self.settings.momentum, self.weight_decay
-        v, d, z = self.variable.value, self.d, self.variable.momentum
+        v, d, z = self.variable.value, self.delta / self.metric, self.variable.momentum
         z = mu * z - lr * gamma * (d + decay * v)
         self.variable.momentum = z
         self.place(v - lr * (decay * v + gamma * d) + mu * z)
@@ -228,9 +193,6 @@ class Move:
         )
 
 
-# The oracles --------------------------------------------------------------------------------------
-
-
 def rms(x: Array) -> float:
     return math.sqrt(math.fsum(value * value for value in x.flat) / x.size)
 
@@ -240,14 +202,20 @@ def normalised(x: Array) -> Array:
     return x / rms(x) if x.any() else x
 
 
+POLAR = (
+    (8.3837, -24.7659, 18.3571),
+    (4.0434, -3.0114, 0.5695),
+    (3.5056, -2.6267, 0.5257),
+    (2.4901, -1.8343, 0.4368),
+)
+
+
 def polar(matrix: Array) -> Array:
-    """Five times X ← aX + (bA + cA²)X with A = XXᵀ, from X = G/‖G‖."""
-    if not matrix.any():
-        return matrix
-    x = matrix / math.sqrt(math.fsum(value * value for value in matrix.flat))
-    for _ in range(5):
+    """Four times X ← aX + (bA + cA²)X with A = XXᵀ, from X = G/‖G‖."""
+    x = matrix / math.sqrt(math.fsum(value * value for value in matrix.flat) or 1.0)
+    for a, b, c in POLAR:
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
 
@@ -271,9 +239,6 @@ def size_of(weights: Array, latent: bool) -> float:
     return max(rms(weights), 0.1 if latent else 0.1 / math.sqrt(weights[0].size))
 
 
-# Parameters ---------------------------------------------------------------------------------------
-
-
 class FloatParameter:
     """A parameter that moves itself: M = 1, in a box if it has a radius."""
 
@@ -286,10 +251,10 @@ class FloatParameter:
         return self.weights.value
 
     def moves(self, gradient: Array) -> list[Move]:
-        return [Move(self.weights, np.asarray(gradient, dtype=np.float64), 1.0, self.settings)]
+        return [Move(self.weights, gradient, 1.0, self.settings)]
 
     def finish(self) -> None:
-        """Nothing to do: no unit."""
+        """No unit that could change."""
 
 
 class LatentParameter:
@@ -370,24 +335,15 @@ def channels_of(shape: tuple[int, ...], settings: Settings) -> list[list[tuple[i
     return list(channels.values())
 
 
-def sign(values: Array) -> Array:
-    """The sign, +1 for 0."""
-    return np.where(values >= 0, 1.0, -1.0)
-
-
-def mean(numbers: list[float]) -> float:
-    return math.fsum(numbers) / len(numbers)
-
-
 class BinaryParameter(LatentParameter):
-    """Q = c·a·sign(u), a = mean|u| of the output channel."""
+    """Q = c·a·sign(u), a = mean|u| of the output channel, sign(0) = +1."""
 
     def hard(self) -> Array:
-        return self.unit * self.of_channels(mean) * sign(self.latent.value)
+        return self.unit * self.of_channels(fmean) * np.where(self.latent.value >= 0, 1.0, -1.0)
 
     def hard_moves(self, gradient: Array) -> list[Move]:
         """δ_i = c(a + 1/n) g_i,  M = c² mean((a + 1/n)(a + 1))."""
-        c, n, a = self.unit, self.n, self.of_channels(mean)
+        c, n, a = self.unit, self.n, self.of_channels(fmean)
         metric = c * c * float(np.mean((a + 1 / n) * (a + 1)))
         return [Move(self.latent, c * (a + 1 / n) * gradient, metric, self.settings)]
 
@@ -396,7 +352,8 @@ class UniformParameter(LatentParameter):
     """Q = c·a·round(q·u/a)/q, a = max|u| of the output channel, q = 2^(bits − 1) − 1."""
 
     def hard(self) -> Array:
-        q, a = 2 ** ((self.settings.bits or 4) - 1) - 1, self.of_channels(max)
+        q: int = 2 ** ((self.settings.bits or 4) - 1) - 1
+        a = self.of_channels(max)
         return self.unit * a * np.round(q * self.latent.value / np.where(a > 0, a, 1.0)) / q
 
     def hard_moves(self, gradient: Array) -> list[Move]:
@@ -416,7 +373,7 @@ class TernaryParameter(LatentParameter):
         scales = []
         for zone in self.zones():
             beyond = [float(u) for u in np.abs(self.latent.value[zone])]
-            start = max(mean(beyond) if beyond else 0.0, SCALE_MIN)
+            start = max(fmean(beyond) if beyond else 0.0, SCALE_MIN)
             size = 0.1 * max(start, least)
             scales.append(Variable(np.array(start), size, lower=SCALE_MIN, decays=False))
         self.scale_pos, self.scale_neg = scales

@@ -7,10 +7,8 @@ these few steps; a rank that is left out, or counted twice, is off in the first 
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,9 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from helpers import KINDS, MAIN_KINDS, Kind, fingerprint, make_params
-from ranks import BAD, BARE, COUNTED, HALF, SAVED, SIZES, STEPS, Results, World, launch
+from helpers import KINDS, MAIN_KINDS, Kind, fingerprint
+from ranks import QUANTIZED, SAVED, SIZES, SPECTRAL, STEPS, Results, World, launch
 from torch import Tensor
-from torch.distributed import FileStore  # type: ignore[attr-defined]
-
-from dfw_opt import DFW
 
 TOLERANCE = 1e-10
 ALONE = World()
@@ -40,7 +35,7 @@ pytestmark = [
 def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Checkpoints of one process, and where its trainings came to."""
     folder = tmp_path_factory.mktemp("one")
-    return folder, ranks.save(ALONE, folder)
+    return folder, {str(kind): ranks.save(kind, ALONE, folder) for kind in SAVED}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +98,7 @@ class TestEqualToOneProcess:
     @pytest.mark.parametrize("kind", KINDS, ids=str)
     def test_data_parallel(self, pair: Results, kind: Kind) -> None:
         """Each rank passes its own loss, and after every step all hold the same bits."""
-        runs = [rank[str(kind)] for rank in pair["ddp"]]
+        runs = pair.of("ddp", kind)
         assert_equal_runs(runs, expected(kind, "ddp"))
         assert len(set(runs[0]["digests"])) == STEPS
         assert runs[0]["digests"] == runs[1]["digests"]
@@ -111,7 +106,7 @@ class TestEqualToOneProcess:
     @pytest.mark.parametrize("kind", KINDS, ids=str)
     def test_fully_shard(self, pair: Results, kind: Kind) -> None:
         """Rows that the ranks do not divide."""
-        assert_equal_runs([rank[str(kind)] for rank in pair["rows"]], expected(kind, "rows"))
+        assert_equal_runs(pair.of("rows", kind), expected(kind, "rows"))
 
     @MAIN
     @pytest.mark.parametrize(
@@ -123,7 +118,7 @@ class TestEqualToOneProcess:
         """Columns; tensor parallelism; rows of which the last rank has none; HSDP, where a sum over
         all ranks would count everything twice; and FSDP2 with tensor parallelism: two meshes.
         """
-        runs = [rank[str(kind)] for rank in results[layout]]
+        runs = results.of(layout, kind)
         # The scale of a channel that is cut is a mean over ranks, with a last digit of its own.
         assert_equal_runs(runs, expected(kind, layout), exact=layout != "columns")
 
@@ -140,7 +135,7 @@ class TestEqualToOneProcess:
     @MAIN
     def test_other_loops(self, pair: Results, kind: Kind) -> None:
         """Gradients clipped by clip_grad_norm_, a layer frozen and thawed, one without gradient."""
-        assert_equal_runs([r[str(kind)] for r in pair["others"]], ranks.clipped(kind, ALONE))
+        assert_equal_runs(pair.of("clipped", kind), ranks.clipped(kind, ALONE))
 
     @MAIN
     def test_process_group(self, pair: Results, kind: Kind) -> None:
@@ -148,7 +143,7 @@ class TestEqualToOneProcess:
         parameters with others.
         """
         steps = [2, 3]
-        for rank, of_pair in enumerate(r[str(kind)] for r in pair["groups"]):
+        for rank, of_pair in enumerate(pair.of("groups", kind)):
             grouped, calls, alone, cut = of_pair
             assert grouped == pytest.approx(expected(kind, "ddp")["gammas"], rel=TOLERANCE)
             assert calls == 0
@@ -160,11 +155,20 @@ class TestEqualToOneProcess:
         """Computed in bfloat16: state and steps are float32, and alike. γ of the first step is that
         of float64, to the 2⁻⁸ of a bfloat16 some ten times over.
         """
-        runs = [rank[str(kind)] for rank in pair["half_precision"]]
+        runs = pair.of("half_precision", kind)
         assert fingerprint(runs[0]["values"]) == fingerprint(runs[1]["values"])
         assert runs[0]["dtypes"] == ["torch.float32"]
         assert runs[0]["exact"]
         assert runs[0]["gammas"][0] == pytest.approx(expected(kind, "rows")["gammas"][0], rel=0.05)
+
+    @MAIN
+    def test_averages(self, pair: Results, kind: Kind) -> None:
+        """Of parallel tensors: those of one process. What FSDP2 has cut cannot be copied."""
+        alone = ranks.averages(kind, ALONE)
+        for rank in pair.of("averages", kind):
+            assert "FSDP does not support deepcopy" in rank["rows"]
+            for mine, one in zip(rank["tensor"], alone["tensor"], strict=True):
+                assert torch.allclose(mine, one, TOLERANCE, TOLERANCE)
 
 
 class TestWhatOneRankAloneKnows:
@@ -176,16 +180,15 @@ class TestWhatOneRankAloneKnows:
     )
     def test_bad_numbers(self, results: Results, layout: str, kind: Kind) -> None:
         """A NaN or infinite loss, one bad element of a gradient: all skip, and go on alike."""
-        for same_end, skipped, gammas in (r[f"{kind} {layout}"] for r in results["bad_numbers"]):
-            assert [i for i, gamma in enumerate(gammas) if math.isnan(gamma)] == [*BAD]
-            assert skipped == len(BAD)
+        for same_end, skipped, gammas in (r[layout] for r in results.of("bad_numbers", kind)):
+            assert [i for i, gamma in enumerate(gammas) if math.isnan(gamma)] == [*ranks.BAD]
+            assert skipped == len(ranks.BAD)
             assert same_end  # as if those steps had not been
 
-    @pytest.mark.parametrize("kind", [k for k in MAIN_KINDS if k.quantized], ids=str)
+    @pytest.mark.parametrize("kind", QUANTIZED, ids=str)
     def test_written_weights(self, pair: Results, kind: Kind) -> None:
         """In place, by one rank, after the gradient was made: latents know nothing of it."""
-        for rank in pair["written"]:
-            untouched, overwritten = rank[str(kind)]
+        for untouched, overwritten in pair.of("written", kind):
             assert overwritten == untouched
 
     @MAIN
@@ -200,16 +203,16 @@ class TestWhatOneRankAloneKnows:
             "columns": ["set_optimizer_state_dict", "set_optimizer_state_dict"],
             "model": ["holds NaN or infinity", "holds NaN or infinity"],
         }
-        for rank, reason in zip(pair["refusals"], reasons[what], strict=True):
-            message, unchanged = rank[f"{kind} {what}"]
+        for rank, reason in zip(pair.of("refusals", kind), reasons[what], strict=True):
+            message, unchanged = rank[what]
             assert reason in message
             assert unchanged
 
     @MAIN
     def test_meta(self, pair: Results, kind: Kind) -> None:
         """Made real before the first step: DFW may be there already; what quantizes says no."""
-        for rank in pair["no_values"]:
-            before, after = rank[f"{kind} before"], rank[f"{kind} after"]
+        for rank in pair.of("no_values", kind):
+            before, after = rank["before"], rank["after"]
             if kind.quantized:
                 assert "on the meta device" in before
                 assert "before the optimizer" in before
@@ -223,21 +226,19 @@ class TestWhatIsSent:
     documentation.
     """
 
-    # Of one step: for two shapes of matrices, of which one has a single one, and their vectors.
-    FIXED, BY_SHAPE = (
-        {"spectral": 5, "euclidean": 3},
-        {"dfw": 0, "binary": 2, "uniform": 1, "ternary": 9},
-    )
+    # Of one step, whatever is in it; for each shape of quantized tensors; and for the search.
+    FIXED = {"spectral": 5, "euclidean": 3}  # noqa: RUF012
+    BY_SHAPE = {"dfw": 0, "binary": 2, "uniform": 1, "ternary": 9}  # noqa: RUF012
     SEARCH = 17
 
-    @pytest.mark.parametrize("kind", COUNTED, ids=str)
+    @pytest.mark.parametrize("kind", ranks.COUNTED, ids=str)
     def test_data_parallel(self, pair: Results, kind: Kind) -> None:
         """One number, the loss."""
-        for rank in pair["communication"]:
-            calls, _ = rank[f"{kind} ddp 16 5"]
+        for rank in pair.of("communication", kind):
+            calls, _ = rank["ddp 16 5"]
             assert calls == [("allreduce_", 4)]
 
-    @pytest.mark.parametrize("kind", COUNTED, ids=str)
+    @pytest.mark.parametrize("kind", ranks.COUNTED, ids=str)
     def test_messages(self, pair: Results, kind: Kind) -> None:
         """They are as many for more or larger tensors of the same two shapes; and but for those
         that carry the matrices they are as small as a few numbers a tensor.
@@ -245,9 +246,9 @@ class TestWhatIsSent:
         name = str(kind).split("-")[0].split("_")[0]
         searched = kind.norm == "euclidean" and "dfw" not in str(kind) and "closed" not in str(kind)
         number = self.FIXED[kind.norm] + 2 * self.BY_SHAPE[name] + self.SEARCH * searched
-        for rank in pair["communication"]:
+        for rank in pair.of("communication", kind):
             for width, depth in SIZES:
-                calls = rank[f"{kind} rows {width} {depth}"][0]
+                calls = rank[f"rows {width} {depth}"][0]
                 assert len(calls) <= number
                 whole = [size for name, size in calls if "alltoall" in name]
                 rest = [size for name, size in calls if "alltoall" not in name]
@@ -257,79 +258,45 @@ class TestWhatIsSent:
                 assert len(whole) == (2 if kind.norm == "spectral" else 0)
                 assert max(whole, default=0) <= 4 * (elements / 2 + width * width)
 
-    @pytest.mark.parametrize("kind", [k for k in MAIN_KINDS if k.norm == "spectral"], ids=str)
+    @pytest.mark.parametrize("kind", SPECTRAL, ids=str)
     def test_each_matrix_once(self, results: Results, kind: Kind) -> None:
         """By one rank, and by all of them as many, but for one."""
         for width, depth in SIZES:
-            runs = [rank[f"{kind} rows {width} {depth}"][1] for rank in results["communication"]]
+            runs = [rank[f"rows {width} {depth}"][1] for rank in results.of("communication", kind)]
             by_rank = [[tuple(shape) for shape in shapes] for shapes in runs]
             square = [shapes.count((width, width)) for shapes in by_rank]
             assert sum(square) == depth
             assert max(square) - min(square) <= 1
             assert sum(map(len, by_rank)) == depth + 1
-        for rank in results["communication"]:  # where all ranks hold all
-            assert len(rank[f"{kind} ddp 16 5"][1]) == 6
+        for rank in results.of("communication", kind):  # where all ranks hold all
+            assert len(rank["ddp 16 5"][1]) == 6
 
-    def test_placements(self, results: Results) -> None:
+    @MAIN
+    def test_placements(self, results: Results, kind: Kind) -> None:
         """State is cut as its parameter is, and no view of more; numbers are on all ranks."""
-        assert [problems for problems in results["placements"] if problems] == []
-
-
-class TestOneProcess:
-    def test_averages(self, pair: Results) -> None:
-        """Of parallel tensors: those of one process. What FSDP2 has cut cannot be copied."""
-        alone = ranks.averages(ALONE)
-        for name in alone:
-            for rank in pair["averages"]:
-                if name.endswith("rows"):
-                    assert "FSDP does not support deepcopy" in rank[name]
-                else:
-                    for mine, one in zip(rank[name], alone[name], strict=True):
-                        assert torch.allclose(mine, one, TOLERANCE, TOLERANCE)
-
-    @pytest.mark.parametrize("wrong", ["gloo", 0, True, dist.GroupMember.NON_GROUP_MEMBER])
-    def test_wrong_groups(self, wrong: Any) -> None:
-        with pytest.raises(TypeError, match="process_group"):
-            DFW(make_params(), process_group=wrong)
-
-    def test_groups_and_copies(self, tmp_path: Path) -> None:
-        """A process group is nothing that a copy could hold; the other values it does."""
-        for value in ("world", None):
-            optimizer: Any = DFW(make_params(), process_group=value)
-            assert pickle.loads(pickle.dumps(optimizer)).process_group == value
-            assert "process_group" not in optimizer.state_dict()["param_groups"][0]
-        store = FileStore(str(tmp_path / "store"), 1)
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            optimizer = DFW(make_params(), process_group=dist.group.WORLD)
-            with pytest.raises(TypeError, match="process group of its own"):
-                copy.deepcopy(optimizer)
-        finally:
-            dist.destroy_process_group()
+        assert not any(results.of("placements", kind))
 
 
 class TestCheckpoints:
     @pytest.mark.parametrize("kind", SAVED, ids=str)
-    def test_another_number_of_ranks(
-        self, results: Results, one: tuple[Path, dict[str, Any]], kind: Kind
-    ) -> None:
+    def test_another_number_of_ranks(self, results: Results, one: Any, kind: Kind) -> None:
         """From one to two, and from two to four: goes on as one that never stopped."""
-        names = [str(kind)]
-        if kind is not BARE:
-            names += [f"{kind} whole {broadcast}" for broadcast in (False, True)]
-        for name in names:
-            self.check([rank[name] for rank in results["loaded"]], one[1][str(kind)])
-
-    def test_one_process(self, two: tuple[Path, Results], one: tuple[Path, dict[str, Any]]) -> None:
-        for name, run in ranks.load(ALONE, two[0]).items():
-            self.check([run], one[1][name.split()[0]])
+        self.check(results.of("loaded", kind), one[1][str(kind)])
 
     @pytest.mark.parametrize("kind", SAVED, ids=str)
-    def test_saving(self, pair: Results, one: tuple[Path, dict[str, Any]], kind: Kind) -> None:
-        """Changes nothing, not even where torch makes a step to see what state there is."""
-        assert_equal_runs([rank[str(kind)] for rank in pair["saved"]], one[1][str(kind)])
-        assert all(rank[str(kind)]["probed"] for rank in pair["saved"])
+    def test_one_process(
+        self, two: tuple[Path, Results], one: tuple[Path, Any], kind: Kind
+    ) -> None:
+        self.check([ranks.load(kind, ALONE, two[0])], one[1][str(kind)])
 
-    def check(self, runs: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
-        assert len(runs[0]["gammas"]) == HALF
-        assert_equal_runs(runs, wanted | {"gammas": wanted["gammas"][-HALF:]})
+    @pytest.mark.parametrize("kind", SAVED, ids=str)
+    def test_saving(self, pair: Results, one: Any, kind: Kind) -> None:
+        """Changes nothing, not even where torch makes a step to see what state there is."""
+        assert_equal_runs(pair.of("saved", kind), one[1][str(kind)])
+        assert all(rank["probed"] for rank in pair.of("saved", kind))
+
+    def check(self, by_rank: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
+        assert "cut" in by_rank[0]
+        for way in by_rank[0]:
+            runs = [rank[way] for rank in by_rank]
+            assert_equal_runs(runs, wanted | {"gammas": wanted["gammas"][ranks.HALF :]})

@@ -41,7 +41,7 @@ def by_loops(scores: Tensor, targets: Tensor, smooth: bool) -> tuple[float, Tens
     count=st.integers(1, 6),
     classes=st.integers(2, 7),
     seed=st.integers(0, 10**6),
-    scale=st.sampled_from([0.1, 1.0, 5.0]),
+    scale=st.sampled_from([0.1, 1.0, 5.0, 1e4]),
 )
 def test_value_and_gradient(
     smooth: bool, count: int, classes: int, seed: int, scale: float
@@ -54,17 +54,10 @@ def test_value_and_gradient(
     loss = MultiClassHingeLoss(smooth=smooth)(scores, targets)
     loss.backward()
     assert loss.dim() == 0
-    assert float(loss.detach()) == pytest.approx(expected, abs=1e-12)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-12, abs=1e-12)
     assert float(loss.detach()) >= 0.0
     assert scores.grad is not None
     torch.testing.assert_close(scores.grad, gradient)
-
-
-def test_hard_loss_by_hand() -> None:
-    scores = torch.tensor([[1.0, 3.0, 2.5], [4.0, 0.0, 0.0]])
-    loss = MultiClassHingeLoss()(scores, torch.tensor([2, 0]))
-    # (3 + 1 − 2.5) for the first; the second has margin 4 ≥ 1.
-    assert float(loss) == pytest.approx(1.5 / 2)
 
 
 def test_correct_by_a_margin_is_zero() -> None:
@@ -85,14 +78,6 @@ def test_smooth_falls_back_for_each_sample() -> None:
     assert float(MultiClassHingeLoss(smooth=True)(scores, targets)) == pytest.approx(0.25)
 
 
-def test_smooth_is_a_lower_bound_of_the_hard_loss() -> None:
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(50, 10, generator=generator)
-    targets = torch.randint(0, 10, (50,), generator=generator)
-    smooth = float(MultiClassHingeLoss(smooth=True)(scores, targets))
-    assert 0 < smooth <= float(MultiClassHingeLoss()(scores, targets))
-
-
 @pytest.mark.parametrize("smooth", [False, True])
 def test_no_gradient_through_the_dual_vertex(smooth: bool) -> None:
     """ξ is detached: the second derivative is zero even where ξ is a softmax."""
@@ -102,26 +87,6 @@ def test_no_gradient_through_the_dual_vertex(smooth: bool) -> None:
     if gradient.requires_grad:
         (second,) = torch.autograd.grad(gradient.sum(), scores, allow_unused=True)
         assert second is None or not second.any()
-
-
-def test_settings_belong_to_the_instance() -> None:
-    scores, targets = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
-    smooth, hard = MultiClassHingeLoss(smooth=True), MultiClassHingeLoss()
-    assert float(smooth(scores, targets)) == pytest.approx(0.5)
-    assert float(hard(scores, targets)) == pytest.approx(1.0)
-    assert isinstance(hard, torch.nn.Module)
-    assert "smooth=True" in repr(smooth)
-    assert not list(hard.parameters())
-
-
-@pytest.mark.parametrize("smooth", [False, True])
-def test_large_scores_stay_finite(smooth: bool) -> None:
-    scores = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
-    loss = MultiClassHingeLoss(smooth=smooth)(scores, torch.tensor([1, 1]))
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx((2e4 + 1) / 2)
-    assert scores.grad is not None
-    assert torch.isfinite(scores.grad).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -138,16 +103,9 @@ def test_low_precision_scores(dtype: torch.dtype, smooth: bool) -> None:
     assert scores.grad.dtype == dtype
 
 
-@pytest.mark.parametrize(
-    ("scores", "targets"),
-    [
-        pytest.param(torch.zeros(3), torch.tensor([0, 1, 2]), id="scores of one dimension"),
-        pytest.param(torch.zeros(3, 4), torch.tensor([0, 1]), id="too few targets"),
-        pytest.param(torch.zeros(3, 4), torch.zeros(3, 4), id="one-hot targets"),
-        pytest.param(torch.zeros(3, 4), torch.zeros(3), id="float targets"),
-    ],
-)
-def test_bad_input(scores: Tensor, targets: Tensor) -> None:
+def test_bad_input() -> None:
     """What PyTorch would broadcast or index silently is an error."""
-    with pytest.raises((ValueError, TypeError), match=r"targets|scores"):
-        MultiClassHingeLoss()(scores, targets)
+    few, one_hot, floats = torch.tensor([0, 1]), torch.zeros(3, 4), torch.zeros(3)
+    for scores, targets in ((floats, few), (one_hot, few), (one_hot, one_hot), (one_hot, floats)):
+        with pytest.raises(ValueError, match=r"targets|scores"):
+            MultiClassHingeLoss()(scores, targets)

@@ -63,41 +63,35 @@ class Problem:
 
     def size(self) -> Fraction:
         """Of the terms that are summed: their rounding is what φ' is wrong by."""
-        return Fraction(self.loss) + sum(
+        terms = [
             e.metric * abs(e.gradient) * (2 * abs(e.value) + min(e.lr * abs(e.gradient), e.upper))
             for e in self.fractions()
-        )
+        ]
+        return Fraction(self.loss) + sum(terms, Fraction(0))
 
-    def variables(self, dtype: torch.dtype = torch.float64) -> list[Variable]:
+    def variables(self) -> list[Variable]:
         result = []
         for tensor in self.tensors:
             e = tensor[0]
             variable = Variable(e.lr, e.weight_decay, 0.0, e.lower, e.upper, searched=True)
             values, gradients = ([getattr(e, n) for e in tensor] for n in ("value", "gradient"))
-            variable.add(
-                [torch.tensor(values, dtype=dtype)],
-                [torch.tensor(gradients, dtype=dtype)],
-                metric=torch.tensor([[e.metric]], dtype=dtype),
-            )
+            variable.add([double(values)], [double(gradients)], metric=double([[e.metric]]))
             result.append(variable)
         return result
 
-    def dual_terms(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        terms = [v.dual_terms() for v in self.variables(dtype)]
-        return total([t for pair in terms for t in pair[0]]), total(
-            [t for p in terms for t in p[1]]
-        )
+    def dual_terms(self) -> tuple[Tensor, Tensor]:
+        terms = [v.dual_terms() for v in self.variables()]
+        decay, full = ([t for pair in terms for t in pair[i]] for i in (0, 1))
+        return total(decay), total(full)
 
-    def closed_form(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        loss = torch.tensor(self.loss, dtype=dtype)
-        return step_size.closed_form(loss, *self.dual_terms(dtype), self.eps)
+    def closed_form(self) -> Tensor:
+        return step_size.closed_form(double(self.loss), *self.dual_terms(), self.eps)
 
-    def climb(self, dtype: torch.dtype = torch.float64) -> float:
+    def climb(self) -> float:
         """The package's γ."""
-        loss, start = torch.tensor(self.loss, dtype=dtype), self.closed_form(dtype)
-        gamma = step_size.exact(loss, self.variables(dtype), start, self.eps, total)
+        start = self.closed_form()
+        gamma = step_size.exact(double(self.loss), self.variables(), start, self.eps, total)
         assert gamma.dim() == 0
-        assert gamma.dtype == dtype
         return float(gamma)
 
 
@@ -140,20 +134,13 @@ ROUNDING = Fraction(1, 10**13)
 
 class TestClosedForm:
     @given(problems(bounded=False))
-    def test_maximises_the_dual(self, problem: Problem) -> None:
-        """Exact arithmetic, and a grid over [0, 1] in exact arithmetic."""
-        gamma = float(problem.closed_form())
-        loss, eps, elements = Fraction(problem.loss), Fraction(problem.eps), problem.fractions()
+    def test_formula(self, problem: Problem) -> None:
+        """In exact arithmetic; the slope tells how much rounding counts."""
+        gamma, elements = float(problem.closed_form()), problem.fractions()
+        loss, eps = Fraction(problem.loss), Fraction(problem.eps)
         expected = float(reference.closed_form_gamma(loss, eps, elements))
         steep = sum(e.lr * e.metric * e.gradient**2 for e in elements) + eps
         assert abs(gamma - expected) * steep <= ROUNDING * problem.size()
-
-        def value(at: float) -> Fraction:
-            penalty = eps * Fraction(at) ** 2 / 2
-            return Fraction(reference.dual(loss, elements, Fraction(at)) - penalty)
-
-        best = value(gamma) + ROUNDING * problem.size()
-        assert all(value(at) <= best for at in np.linspace(0.0, 1.0, 21).tolist())
 
     @pytest.mark.parametrize(
         ("loss", "decay", "full", "eps", "expected"),
@@ -196,18 +183,6 @@ class TestSlope:
         slope = (reference.dual_slope(zero, zero, elements, at + step) - expected) / step
         assert second == pytest.approx(float(slope), rel=1e-9, abs=1e-300)
 
-    @pytest.mark.parametrize(
-        ("value", "gradient", "expected"),
-        [(1.0, -2.0, 0.0), (1.0, 2.0, -0.4), (-1.0, -2.0, -0.4), (-1.0, 2.0, 0.0)],
-    )
-    def test_right_derivative_at_a_bound(
-        self, value: float, gradient: float, expected: float
-    ) -> None:
-        """On the bound and pushed out: no longer moves. On the bound and pushed in: moves."""
-        (variable,) = Problem(0.0, 0.0, [[boxed(value, gradient)]]).variables()
-        _, (bend,) = variable.dual_slope(double(0.0))
-        assert float(bend) == pytest.approx(expected)
-
 
 class TestExact:
     @given(problems())
@@ -235,46 +210,6 @@ class TestExact:
         root = problem.root()
         if abs(gamma - root) > 1e-9 * max(float(root), 1e-6):  # flat, to rounding
             assert abs(problem.slope(gamma)) <= ROUNDING * problem.size()
-
-    @given(problems(bounded=False))
-    def test_equals_the_closed_form_without_bounds(self, problem: Problem) -> None:
-        assert problem.climb() == pytest.approx(float(problem.closed_form()), rel=1e-9, abs=1e-12)
-
-    @given(problems())
-    def test_ends(self, problem: Problem) -> None:
-        """Exactly 0 where decay alone takes the plane below zero, 1 where nothing does."""
-        if problem.slope(0.0) < -ROUNDING * problem.size():
-            assert problem.climb() == 0.0
-        steep = sum(e.lr * e.metric * e.gradient**2 for e in problem.elements())
-        problem.loss = float(2 * problem.size()) + 2 * steep + problem.eps
-        assert problem.climb() == 1.0
-
-    @given(problems())
-    def test_float32(self, problem: Problem) -> None:
-        """As in training: φ' at γ is zero, or of its end's sign, but for rounding of its terms."""
-        gamma, tolerance = problem.climb(torch.float32), problem.size() * Fraction(1, 10**5)
-        slope, steep = problem.slope(gamma), Fraction(0)
-        for e in problem.fractions():
-            steep += e.metric * e.lr * e.gradient**2
-        tolerance += steep * Fraction(gamma) / 10**6  # γ itself is rounded
-        assert 0.0 <= gamma <= 1.0
-        if gamma > 0:
-            assert slope >= -tolerance
-        if gamma < 1:
-            assert slope <= tolerance + Fraction(problem.loss) / 100
-
-    def test_better_than_clipping_the_closed_form(self) -> None:
-        """A coordinate at its bound counts in the closed form though it cannot move."""
-        problem = Problem(1.0, 0.0, [[boxed(1.0, -3.0), boxed(0.0, 2.0)]])
-        # Only the second moves: γ = 1 / (η 2²) > 1; the closed form: 1 / (η (3² + 2²)).
-        assert float(problem.closed_form()) == pytest.approx(1 / 1.3)
-        assert problem.climb() == 1.0
-
-    def test_blocked_at_once(self) -> None:
-        """All weights but one stand on the bound that they are pushed against."""
-        stuck = [boxed(1.0, -100.0) for _ in range(20)]
-        problem = Problem(0.05, 0.0, [[*stuck, boxed(0.0, 1.0)]])
-        assert problem.climb() == pytest.approx(0.5, rel=1e-12)
 
     @pytest.mark.parametrize("loss", [0.0, 1.0])
     @pytest.mark.parametrize("value", [1.0, 0.5])
