@@ -54,7 +54,11 @@ start at 1, biases at 0. Scales move by as much of their first value."""
 
 LEAST_SIZE = 0.1
 """The least length of a step of a matrix, in units of its usual size, so that it outgrows a tiny
-start: :math:`1/\\sqrt{\\text{fan in}}`, for latents 1."""
+start: :math:`1/\\sqrt{\\text{fan in}}`."""
+
+LATENT_SIZE = 0.5
+"""The length of a step of latents, in units of what the box leaves of [-1, 1]: what counts is how
+far they have to go to flip, not how their start is distributed."""
 
 _ALIKE = (
     *("lr", "weight_decay", "momentum", "quantizer", "bits", "threshold", "relaxation"),
@@ -276,22 +280,24 @@ class FrankWolfe(LatentOptimizer):
         for key, value in values.items():
             if group["norm"] == "spectral":
                 state[named(key, "mean_gradient")] = torch.zeros_like(value)
-                state[named(key, "size")] = self._size(key, value, state)
+                state[named(key, "size")] = self._size(key, value, state, bound)
             elif group["momentum"]:
                 state[named(key, "momentum_buffer")] = torch.zeros_like(value)
         if state:
             self.state[p] = state
         self._quantize(group, [p])
 
-    def _size(self, key: str, value: Tensor, state: State) -> Tensor:
+    def _size(self, key: str, value: Tensor, state: State, radius: float | None) -> Tensor:
         r""":math:`\rho`, the length of a step at :math:`\eta = \gamma = 1`."""
         if key not in ("", "latent"):
             usual = state["unit"].reciprocal() * LEAST_SIZE * state["latent"][0].numel() ** -0.5
             return VECTOR_SIZE * torch.maximum(value, usual)
+        if key == "latent":
+            return torch.full_like(state["unit"], LATENT_SIZE * min(1.0, radius or 1.0))
         rms = self._settle(value.square().mean().sqrt())
         if value.dim() < 2:
             return VECTOR_SIZE * rms.clamp(min=1)
-        return rms.clamp(min=LEAST_SIZE if key else LEAST_SIZE * value[0].numel() ** -0.5)
+        return rms.clamp(min=LEAST_SIZE * value[0].numel() ** -0.5)
 
     def _dual_terms(self, variables: Sequence[Variable]) -> tuple[Tensor, Tensor]:
         r""":math:`\sum\eta\langle m, \lambda v\rangle` and :math:`\sum\eta\langle m, D\rangle`."""

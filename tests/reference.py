@@ -232,11 +232,11 @@ def steepest(g: Array, layout: str, present: Array) -> Array:
     return (math.sqrt(max(matrix.shape)) * polar(matrix)).reshape(g.shape)
 
 
-def size_of(weights: Array, latent: bool) -> float:
+def size_of(weights: Array) -> float:
     """ρ: rms of a matrix, at least a tenth of the usual; 0.1 max(1, rms) of a vector."""
     if weights.ndim < 2:
         return 0.1 * max(1.0, rms(weights))
-    return max(rms(weights), 0.1 if latent else 0.1 / math.sqrt(weights[0].size))
+    return max(rms(weights), 0.1 / math.sqrt(weights[0].size))
 
 
 class FloatParameter:
@@ -245,7 +245,7 @@ class FloatParameter:
     def __init__(self, weights: Array, settings: Settings) -> None:
         self.settings, bound = settings, settings.bound
         start = np.clip(np.array(weights, dtype=np.float64), -bound, bound)
-        self.weights = Variable(start, size_of(start, latent=False), -bound, bound)
+        self.weights = Variable(start, size_of(start), -bound, bound)
 
     def forward(self) -> Array:
         return self.weights.value
@@ -274,7 +274,7 @@ class LatentParameter:
             self.unit = usual
         bound = settings.bound
         u = np.clip(weights / self.unit, -bound, bound)
-        self.latent = Variable(u, size_of(u, latent=True), -bound, bound)
+        self.latent = Variable(u, 0.5 * min(1.0, bound), -bound, bound)
         self.start_scales()
         self.finish()
 
