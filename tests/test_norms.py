@@ -91,7 +91,7 @@ class TestPolar:
 
     @ALL_SHAPES
     def test_narrow_products(self, shape: tuple[int, int]) -> None:
-        """Iterations on X in bfloat16: values still end near 1; Gram matrices, and float64, stay."""
+        """Iterations on X in bfloat16: values still end near 1. Float64 and Gram matrices stay."""
         x = draw((16, *shape))
         assert torch.equal(polar(x, torch.bfloat16), polar(x))
         narrow, plain = polar(x.float(), torch.bfloat16), polar(x.float())

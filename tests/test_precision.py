@@ -53,7 +53,7 @@ def mean_after(optimizer: Any, p: Tensor, **loss: float) -> float:
 @NORMS
 def test_decay(dtype: torch.dtype, momentum: float, shape: tuple[int, ...], norm: str) -> None:
     """As SGD's, which adds it to the gradient before anything is rounded."""
-    settings = {"momentum": momentum, "weight_decay": DECAY[dtype]}
+    settings: Any = {"momentum": momentum, "weight_decay": DECAY[dtype]}
     p, q = (Parameter(torch.ones(shape, dtype=dtype)) for _ in range(2))
     # The loss is so large that γ is 1: with the Euclidean norm that is SGD with Nesterov.
     ours = mean_after(DFW([p], LR, norm=norm, **settings), p, loss=1e6)

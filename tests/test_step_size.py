@@ -183,6 +183,12 @@ class TestSlope:
         slope = (reference.dual_slope(zero, zero, elements, at + step) - expected) / step
         assert second == pytest.approx(float(slope), rel=1e-9, abs=1e-300)
 
+    def test_right_derivative_at_a_bound(self) -> None:
+        """On the bound and pushed out: no longer moves. On the bound and pushed in: moves."""
+        for value, gradient, expected in ((1, -2, 0.0), (1, 2, -0.4), (-1, -2, -0.4), (-1, 2, 0.0)):
+            (variable,) = Problem(0.0, 0.0, [[boxed(value, gradient)]]).variables()
+            assert float(variable.dual_slope(double(0.0))[1][0]) == pytest.approx(expected)
+
 
 class TestExact:
     @given(problems())
@@ -211,13 +217,12 @@ class TestExact:
         if abs(gamma - root) > 1e-9 * max(float(root), 1e-6):  # flat, to rounding
             assert abs(problem.slope(gamma)) <= ROUNDING * problem.size()
 
-    @pytest.mark.parametrize("loss", [0.0, 1.0])
-    @pytest.mark.parametrize("value", [1.0, 0.5])
-    def test_nothing_moves(self, value: float, loss: float) -> None:
+    @pytest.mark.parametrize("eps", [0.0, 1e-5])
+    def test_nothing_moves(self, eps: float) -> None:
         """Blocked by the bound, or without a gradient: 1 if the plane is above zero."""
-        gradient = -5.0 if value == 1.0 else 0.0
-        problem = Problem(loss, 1e-5, [[boxed(value, gradient)]])
-        assert problem.climb() == (1.0 if loss else 0.0)
+        for loss, element in ((1.0, boxed(1.0, -5.0)), (1.0, boxed(0.5, 0.0))):
+            assert Problem(loss, eps, [[element]]).climb() == 1.0
+        assert Problem(0.0, eps, [[boxed(1.0, -5.0)]]).climb() == 0.0
 
     @pytest.mark.parametrize(
         ("steps", "lr", "left"),

@@ -197,7 +197,7 @@ def test_each_step_goes_by_what_it_would_write_for_sgd(
     assert (make in WITH_MOMENTUM) == (len({momentum for _, momentum in seen}) > 1)
     for p, q in zip(params, twins, strict=True):
         # A tensor and a number multiply in another order.
-        torch.testing.assert_close(p, q, **({} if tensor else {"rtol": 0, "atol": 0}))
+        assert same_bits(p, q) or (tensor and torch.allclose(p, q, rtol=1e-5, atol=1e-6))
     assert_consistent(ours)
 
 
