@@ -6,6 +6,7 @@ Operations are counted, and storages followed, where torch dispatches them.
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import weakref
@@ -85,6 +86,7 @@ def test_on_a_fake_accelerator() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)],
         cwd=checks.parents[1],
+        env={key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"},
         capture_output=True,
         text=True,
         check=False,

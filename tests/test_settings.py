@@ -295,44 +295,6 @@ class TestWarned:
 
 class TestCount:
     @ALL_KINDS
-    @pytest.mark.parametrize("start", [False, True])
-    def test_changed_before_the_first_step(self, kind: Kind, start: bool) -> None:
-        """The same as if it had been given at construction; so too from 0 or the default."""
-        values = {"lr": 0.3, "momentum": 0.5, "weight_decay": 0.1, "eps": 0.1, "relaxation": 0.5}
-        others = {"step_size": "closed_form", "bits": 5, "lr ": torch.tensor(0.3)}
-        for key, value in (values | others).items():
-            name, params, twins = key.strip(), make_params(), make_params()
-            if name == "bits" and not kind.name.startswith("uniform"):
-                continue
-            if name not in kind.make(clone_params(params)).defaults:
-                continue
-            first = {name: 0.0} if start and isinstance(value, float) else {}
-            optimizer, other = kind.make(params, **first), kind.make(twins, **{name: value})
-            for group in optimizer.param_groups:
-                group[name] = value
-            for number in range(3):
-                for o, ps in ((optimizer, params), (other, twins)):
-                    draw_gradients(ps, number)
-                    o.step(loss=0.05)
-            assert everything(optimizer)[0] == everything(other)[0], key
-
-    @MAIN
-    def test_groups_are_copied(self, kind: Kind) -> None:
-        """A list of them serves two optimizers; a tensor lr is read, and never written."""
-        ends, lr = [], torch.tensor([0.25])
-        for given in (lr, 0.25):
-            params = make_params()
-            groups = kind.groups(params)
-            before = [dict(group) for group in groups]
-            optimizer = kind.optimizer(groups, lr=given, norm=kind.norm)
-            train(optimizer, params, 3)
-            ends.append(everything(optimizer)[:2])
-            assert all(group["lr"] is given for group in optimizer.param_groups)
-            assert [group.keys() for group in groups] == [group.keys() for group in before]
-        assert ends[0] == ends[1]
-        assert lr.item() == 0.25
-
-    @ALL_KINDS
     def test_a_group_added_later(self, kind: Kind) -> None:
         """Before the first step it is as if it had been there; after it, it is trained too."""
         params, twins = make_params(), make_params()
