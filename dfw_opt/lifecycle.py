@@ -258,6 +258,13 @@ class LatentOptimizer(Optimizer):
         """The number, where Python may look at it for free; elsewhere the tensor."""
         return x if x.device.type != "cpu" or torch.compiler.is_compiling() else x.item()
 
+    def _cleared(self, batch: Sequence[Tensor], skip: Tensor) -> Sequence[Tensor]:
+        """Tensors of one shape, zeros where ``skip`` is true; at once, or one by one to fuse."""
+        if torch.compiler.is_compiling():
+            return [x.masked_fill(skip, 0) for x in batch]
+        stacked = self._stack(batch)
+        return stacked.masked_fill(skip.to(stacked).bool(), 0).unbind()
+
     def _place(self, p: Tensor) -> tuple[Any, ...]:
         """What tensors must have in common to be computed with as one; brings the state there."""
         return sharding.place(p, self.state.get(p, {}))

@@ -167,8 +167,7 @@ class FrankWolfe(LatentOptimizer):
         planes: list[Plane] = []
         for (group, params), grads in zip(batches, gradients, strict=True):
             if skip is not None:  # infinity must not reach the means, whatever it is multiplied by
-                batch = self._stack(grads)
-                grads = batch.masked_fill(skip.to(batch).bool(), 0).unbind()
+                grads = self._cleared(grads, skip)
             mu, euclidean = group["momentum"], group["norm"] == "euclidean"
             for key, delta, metric in self._pull_back(group, params, grads):
                 variable = self._variable_of(variables, group, params[0], key)
