@@ -84,7 +84,7 @@ def test_on_a_fake_accelerator() -> None:
     """No look, no copy, several devices; and ceilings of operations: see the file that is run."""
     checks = Path(__file__).with_name("accelerator_checks.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)],
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(checks)],
         cwd=checks.parents[1],
         env={key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"},
         capture_output=True,
