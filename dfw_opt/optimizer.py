@@ -165,6 +165,9 @@ class FrankWolfe(LatentOptimizer):
         variables: dict[Any, Variable] = {}
         spectral: list[tuple[Variable, list[Tensor], list[Tensor], Tensor]] = []
         planes: list[Plane] = []
+        if (settings := self.param_groups[0])["norm"] == "spectral":  # this batch's, in the mean
+            share = torch.full_like(self._gamma, 1 - settings["momentum"]).masked_fill(first, 1)
+            share = share if skip is None else share.masked_fill(skip, 0)
         for (group, params), grads in zip(batches, gradients, strict=True):
             if skip is not None:  # infinity must not reach the means, whatever it is multiplied by
                 grads = self._cleared(grads, skip)
@@ -178,10 +181,8 @@ class FrankWolfe(LatentOptimizer):
                     variable.add(values, directions, metric=metric, velocity=z)
                     continue
                 plane = self._kept(params, key, "mean_gradient")
-                share = torch.full_like(self._gamma, 1 - mu).masked_fill(first, 1)
-                share = (share if skip is None else share.masked_fill(skip, 0)).to(delta)
-                torch._foreach_mul_(plane, 1 - share)
-                torch._foreach_add_(plane, (share * delta).unbind())
+                torch._foreach_mul_(plane, (1 - share).to(delta))
+                torch._foreach_add_(plane, (share.to(delta) * delta).unbind())
                 ahead = torch.lerp(delta, self._stack(plane), mu)  # Nesterov
                 layout = group["layout"]
                 planes.append((ahead, layout, delta if layout == "rows" else None))
