@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dfw_opt import sharding
-from dfw_opt.validate import FIXED, check_settings, note_written
+from dfw_opt.validate import FIXED, check_settings, settings
 
 if TYPE_CHECKING:
     from dfw_opt.lifecycle import LatentOptimizer
@@ -135,6 +135,7 @@ def restore(optimizer: "LatentOptimizer", loaded: Mapping[str, Any]) -> None:
                 optimizer._height.copy_(sharding.whole(state.pop("plane_height")))
             if not state:
                 optimizer.state.pop(p, None)
+                optimizer._written.pop(p, None)
                 continue
             dtype = torch.promote_types(p.dtype, torch.float32)
             optimizer.state[p] = {
@@ -143,5 +144,5 @@ def restore(optimizer: "LatentOptimizer", loaded: Mapping[str, Any]) -> None:
             }
             if "latent" in state:
                 optimizer._quantize(group, [p])
-    optimizer._seen.clear()
-    note_written(optimizer)
+                optimizer._written[p] = p._version
+    optimizer._seen[:] = [settings(group) for group in optimizer.param_groups]

@@ -8,7 +8,7 @@ the dtype that it had.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from dfw_opt import norms, sharding, validate
 from dfw_opt.checkpoint import aligned, restore
-from dfw_opt.variables import Stack, stack
+from dfw_opt.validate import USAGE
+from dfw_opt.variables import squares, stack
 from dfw_opt.watch_loss import LossWatch, loss_of
 
-__all__ = ["LatentOptimizer", "named"]
+__all__ = ["LatentOptimizer"]
+
+T = TypeVar("T")
 
 
 class LatentOptimizer(Optimizer):
@@ -29,10 +32,6 @@ class LatentOptimizer(Optimizer):
 
     What it keeps for a parameter is float32 or wider, and there from construction on. Quantized
     parameters hold :math:`Q(u)` from construction on and after every step.
-
-    Attributes:
-        process_group: over which ranks the loss is averaged: ``"world"``, a ``ProcessGroup``, or
-            ``None``.
     """
 
     process_group: sharding.Ranks
@@ -47,24 +46,19 @@ class LatentOptimizer(Optimizer):
         super().__init__(params, defaults)
         validate.check_groups(self)
         self._hook()
-        # Only once every group is known to be good: a failed construction must not leave
-        # quantized weights behind.
+        # Once every group is known to be good: what fails must not leave quantized weights behind.
         for group in self.param_groups:
             self._start_group(group)
         self._ready.append(True)
 
     @property
     def gamma(self) -> Tensor:
-        r"""The last step's :math:`\gamma`, a new 0-dim tensor; NaN if that step was skipped, or
-        there was none. Reading its value waits for the device.
-        """
+        r"""The last step's :math:`\gamma`, 0-dim, new; NaN if it was skipped, or there was none."""
         return self._gamma.clone()
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps changed nothing because the loss or a gradient was NaN or infinite, a new
-        0-dim integer tensor.
-        """
+        """How many steps changed nothing, as the loss or a gradient was not finite; 0-dim, new."""
         return self._skipped.clone()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -73,10 +67,7 @@ class LatentOptimizer(Optimizer):
         self._watch.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, see :meth:`torch.optim.Optimizer.add_param_group`.
-
-        The dictionary is copied, so one from :func:`~dfw_opt.param_groups` can serve two
-        optimizers.
+        """Adds a copy of a group, see :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
             TypeError: a parameter is not real floating point, or flattened by FSDP1.
@@ -142,15 +133,18 @@ class LatentOptimizer(Optimizer):
         Raises:
             ValueError: it is not in [0, 1], or no group is quantized.
         """
-        groups = validate.groups_to_relax(self, relaxation)
+        validate.check_settings({"relaxation": relaxation}, {"relaxation": 0})
+        groups = [group for group in self.param_groups if group.get("quantizer") is not None]
+        if not groups:
+            raise ValueError(f"relaxation={relaxation!r}: no group of this optimizer is quantized")
         validate.warn(validate.overwritten(self))  # before anything changes: it may be an error
         for settings in (self.defaults, *groups):
             settings["relaxation"] = float(relaxation)
         for group in groups:
             for p in (p for p in group["params"] if p in self.state):
-                self._place(p)
+                self._place(p, self.state[p])
                 self._quantize(group, [p])
-        validate.note_written(self)
+                self._written[p] = p._version
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch. Each parameter's state has the height of the plane, which they share."""
@@ -204,16 +198,18 @@ class LatentOptimizer(Optimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_watch" in self.__dict__:  # torch does this when it loads a checkpoint
+        if "_written" in self.__dict__:  # torch does this when it loads a checkpoint
             super().__setstate__(state)
             return
         self._set_up(state)
         super().__setstate__(state)
         self._hook()
         for group in self.param_groups:
+            self._seen.append(validate.settings(group))
             for p in group["params"]:
                 sharding.adapt(self, p)
-        validate.note_written(self)
+                if "latent" in self.state.get(p, {}):
+                    self._written[p] = p._version
 
     def _hook(self) -> None:
         self.register_step_pre_hook(validate.before_step)
@@ -234,40 +230,56 @@ class LatentOptimizer(Optimizer):
         """At which version of its tensor a quantized parameter was last written."""
         self._warned: set[str] = set()
         self._late: list[str] = []
-        self._seen: dict[int, tuple[Any, ...]] = {}
+        self._seen: list[dict[str, Any]] = []
         """The settings of each group that have been checked."""
         # How the core computes; sharding.adapt() has others of these.
-        self._stack: Stack = stack
+        self._place: Callable[..., Any] = sharding.place
         self._gather: Callable[[list[Tensor]], Tensor] = torch.stack
-        self._norm: Callable[..., Sequence[Tensor]] = torch._foreach_norm
+        self._squares: Callable[[Sequence[Tensor]], Tensor] = squares
         self._copy: Callable[..., None] = torch._foreach_copy_
+        self._settle: Callable[..., Any] = lambda x, whole=False: x
         medium = torch.get_float32_matmul_precision() == "medium"  # torch's word for bfloat16
         self._steepest: Callable[[list[norms.Plane]], list[Tensor]] = partial(
             norms.steepest, products=torch.bfloat16 if medium else None
         )
-        self._settle: Callable[..., Tensor] = lambda x, whole=False: x
 
     def _loss(self, closure: Any, loss: Any) -> tuple[Tensor | float | None, Tensor]:
         """What a step is to return, and the loss by which to step, the same on all ranks."""
+        name, watch = type(self).__name__, self._watch
         if loss is not None and callable(closure) and closure() is None:
             closure = None  # Lightning adds one that does nothing, in manual optimization
-        result, value = validate.loss_of_step(self, closure, loss)
-        return result, sharding.mean_loss(self, value)
+        if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"{name}.step: the closure, {closure!r}, cannot be called: {USAGE}")
+            if loss is not None:
+                raise TypeError(f"{name}.step takes a closure or a loss, not both: {USAGE}")
+            with torch.enable_grad():
+                loss = closure()
+        elif loss is None and not watch.active and not sharding.is_probe(self):
+            raise TypeError(f"{name}.step needs the loss: {USAGE}")
+        value = 0.0 if loss is None and closure is None else loss
+        # Frameworks that call backward() themselves pass closures that return nothing; or the last
+        # micro-batch's loss alone, so that what was watched comes first.
+        if watch.active and (closure is not None or loss is None):
+            value = watch.value(name)
+        source = "the loss" if closure is None else "the closure's result"
+        return loss, sharding.mean_loss(self, validate.checked_loss(value, source))
+
+    def _end(self, result: T, gamma: Tensor, skip: Tensor) -> T:
+        """What is known of a step, and what it returns."""
+        self._gamma.copy_(gamma)
+        self._skipped.add_(skip)
+        return result
 
     def _read(self, x: Tensor) -> Any:
         """The number, where Python may look at it for free; elsewhere the tensor."""
         return x if x.device.type != "cpu" or torch.compiler.is_compiling() else x.item()
 
-    def _cleared(self, batch: Sequence[Tensor], skip: Tensor) -> Sequence[Tensor]:
+    def _cleared(self, batch: Sequence[Tensor], skip: Tensor) -> Any:
         """Tensors of one shape, zeros where ``skip`` is true; at once, or one by one to fuse."""
         if torch.compiler.is_compiling():
             return [x.masked_fill(skip, 0) for x in batch]
-        stacked = self._stack(batch)
-        return stacked.masked_fill(skip.to(stacked).bool(), 0).unbind()
-
-    def _place(self, p: Tensor) -> tuple[Any, ...]:
-        """What tensors must have in common to be computed with as one; brings the state there."""
-        return sharding.place(p, self.state.get(p, {}))
+        return stack([*batch]).masked_fill(skip.to(batch[0].device), 0)
 
     def _start_group(self, group: dict[str, Any]) -> None:
         for p in group["params"]:
@@ -279,15 +291,10 @@ class LatentOptimizer(Optimizer):
             # What is frozen, or on the meta device, is left alone until it has a gradient.
             if p.numel() and not p.is_meta:
                 self._start(p, group)
-        validate.note_written(self)
+        self._seen.append(validate.settings(group))
 
     def _start(self, p: Tensor, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def _quantize(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
-
-
-def named(variable: str, key: str) -> str:
-    """Where the state keeps ``key`` of a variable: the parameter (""), its latent, a scale."""
-    return key if variable in ("", "latent") else f"{variable}_{key}"

@@ -73,7 +73,7 @@ def spectral(
 
 
 def steepest(planes: list[Plane], products: torch.dtype | None = None) -> list[Tensor]:
-    """:func:`spectral` of each. Uses the list up."""
+    """:func:`spectral` of each. Uses the list up, so that memory is free again."""
     return [spectral(*planes.pop(0), products) for _ in range(len(planes))]
 
 

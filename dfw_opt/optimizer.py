@@ -31,17 +31,16 @@ state, the dual variable :math:`u`, to which gradients are pulled back (:mod:`df
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from dfw_opt.lifecycle import LatentOptimizer, named
-from dfw_opt.norms import Plane
+from dfw_opt.lifecycle import LatentOptimizer
 from dfw_opt.quantizers import SCALE_MIN, Quantizer, State, quantizer_of
 from dfw_opt.step_size import closed_form, exact
-from dfw_opt.variables import Variable, wide
+from dfw_opt.variables import Variable, add_, stack, update_, wide
 
 __all__ = ["FrankWolfe"]
 
@@ -65,9 +64,14 @@ _ALIKE = (
     *("radius", "step_size", "layout", "scale_axis", "scale_groups"),
 )
 
-T = TypeVar("T")
-Batch = tuple[dict[str, Any], list[Tensor]]
-"""Parameters of one shape that are trained alike, and a group that says how."""
+
+class Batch(NamedTuple):
+    """Parameters of one shape that are trained alike, and a group that says how."""
+
+    group: dict[str, Any]
+    place: Any
+    params: list[Tensor]
+    gradients: list[Tensor]
 
 
 class FrankWolfe(LatentOptimizer):
@@ -115,127 +119,124 @@ class FrankWolfe(LatentOptimizer):
         """
         result, ell = self._loss(closure, loss)
         norm, mu, eps = (self.param_groups[0][key] for key in ("norm", "momentum", "eps"))
-        batches = [*self._batches()]
-        gradients = [[wide(p.grad) for p in params] for _, params in batches]  # type: ignore[arg-type]
-        sizes = self._norm([g for grads in gradients for g in grads]) if batches else []
-        skip = ~self._gather([ell, *sizes]).isfinite().all()
+        batches = self._batches()
+        squares = [self._squares(batch.gradients) for batch in batches]
+        skip = ~self._gather([ell, *squares]).isfinite().all()
         if (known := self._read(skip)) is True:
-            return self._report(result, torch.full_like(ell, math.nan), skip)
+            return self._end(result, torch.full_like(ell, math.nan), skip)
 
-        h, first = ell, self._height.isnan()  # before the first step there is no plane
+        h = share = ell
         if norm == "spectral":
+            first = self._height.isnan()
             h = torch.where(first, ell, mu * self._height + (1 - mu) * ell)
-        variables = self._variables(batches, gradients, first, None if known is False else skip)
+            # Of this batch in the mean plane.
+            share = torch.full_like(ell, 1 - mu).masked_fill(first, 1).masked_fill(skip, 0)
+        variables = self._variables(batches, squares, share, None if known is False else skip)
         decay, full = self._dual_terms(variables)
         gamma = closed_form(h, decay, full, eps)
         if boxed := [v for v in variables if v.searched]:
             straight = self._dual_terms([v for v in variables if not v.searched])
-            gamma = exact(h - straight[0], boxed, gamma, straight[1] + eps, self._total)
+            gamma = exact(h - straight[0], boxed, gamma, straight[1] + eps, self._gather)
         if norm == "spectral":
             left = (h - decay - gamma * full).clamp(min=0)
             self._height.copy_(torch.where(skip, self._height, left))
         taken = self._read(gamma.masked_fill(skip, 0))
-        for variable in variables:
-            variable.update_(taken, 1.0 if known is False else (~skip).to(gamma))
-        for group, params in batches:
-            self._quantize(group, params)
-        return self._report(result, gamma.masked_fill(skip, math.nan), skip)
+        update_(variables, taken, 1.0 if known is False else (~skip).to(gamma))
+        for batch in batches:
+            self._quantize(batch.group, batch.params)
+        return self._end(result, gamma.masked_fill(skip, math.nan), skip)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> list[Batch]:
         """The parameters that have a gradient, by what can be computed with as one."""
-        batches: dict[Any, Batch] = {}
+        alike: dict[Any, Batch] = {}
         for number, group in enumerate(self.param_groups):
             # A tensor is no number to compare: a group with such an lr is like no other.
-            alike = (number if isinstance(group["lr"], Tensor) else 0, *map(group.get, _ALIKE))
+            own = (number if isinstance(group["lr"], Tensor) else 0, *map(group.get, _ALIKE))
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    if p not in self.state:  # frozen until now
-                        self._start(p, group)
-                    key = (alike, self._place(p))
-                    batches.setdefault(key, (group, []))[1].append(p)
-        for group, params in batches.values():
+                    place = self._place(p, self.state.get(p, {}))
+                    batch = alike.setdefault((own, place), Batch(group, place[1:], [], []))
+                    batch.params.append(p)
+                    batch.gradients.append(wide(p.grad))
+        result = []
+        for group, place, params, gradients in alike.values():
             size = max(1, LARGEST_BATCH // params[0].numel())
-            for start in range(0, len(params), size):
-                yield group, params[start : start + size]
+            for i in range(0, len(params), size):
+                result.append(Batch(group, place, params[i : i + size], gradients[i : i + size]))
+        return result
 
     def _variables(
-        self, batches: Sequence[Batch], gradients: Any, first: Tensor, skip: Tensor | None
+        self, batches: list[Batch], squares: list[Tensor], share: Tensor, skip: Tensor | None
     ) -> list[Variable]:
         """What is trained, with its plane and its direction."""
-        variables: dict[Any, Variable] = {}
-        spectral: list[tuple[Variable, list[Tensor], list[Tensor], Tensor]] = []
-        planes: list[Plane] = []
-        if (settings := self.param_groups[0])["norm"] == "spectral":  # this batch's, in the mean
-            share = torch.full_like(self._gamma, 1 - settings["momentum"]).masked_fill(first, 1)
-            share = share if skip is None else share.masked_fill(skip, 0)
-        for (group, params), grads in zip(batches, gradients, strict=True):
-            if skip is not None:  # infinity must not reach the means, whatever it is multiplied by
-                grads = self._cleared(grads, skip)
-            mu, euclidean = group["momentum"], group["norm"] == "euclidean"
-            for key, delta, metric in self._pull_back(group, params, grads):
-                variable = self._variable_of(variables, group, params[0], key)
+        variables, planes, sizes = [], [], []
+        for (group, place, params, grads), product in zip(batches, squares, strict=True):
+            for p in (p for p in params if p not in self.state):  # frozen until now
+                self._start(p, group)
+            mu, eta, radius = group["momentum"], group["lr"], group.get("radius")
+            euclidean, quantizer = group["norm"] == "euclidean", quantizer_of(group)
+            if isinstance(eta, Tensor):
+                eta = self._read(eta.reshape(()).to(grads[0]))
+            # Infinity must not reach the means, whatever it is multiplied by.
+            delta: Any = grads if skip is None else self._cleared(grads, skip)
+            if quantizer is None:  # a Euclidean step needs no copy of the gradients
+                pulled: Any = {"": (delta if euclidean else stack(delta), None)}
+            else:
+                pulled = quantizer.pull_back(stack(delta), self._stacked(quantizer, params))
+            for key, (delta, metric) in pulled.items():
+                delta, metric = self._settle(delta), self._settle(metric)
+                latent, prefix = key in ("", "latent"), "" if key in ("", "latent") else f"{key}_"
+                # A scale has no upper bound, and is not pulled towards 0: two levels would merge.
+                upper = radius if latent and radius is not None else math.inf
+                lower, decay = (-upper, group["weight_decay"]) if latent else (SCALE_MIN, 0.0)
                 values = [self.state[p][key] for p in params] if key else params
+                variable = Variable(values, delta, delta, eta, decay, lower, upper, mu)
+                lr = id(group["lr"]) if isinstance(eta, Tensor) else eta
+                variable.alike = (lr, decay, lower, upper, mu, place, euclidean)
+                variables.append(variable)
                 if euclidean:
-                    z = self._kept(params, key, "momentum_buffer") if mu else []
-                    directions = delta if metric is None else (delta / metric).unbind()
-                    variable.add(values, directions, metric=metric, velocity=z)
+                    variable.searched = group.get("step_size") == "exact" and lower > -math.inf
+                    variable.velocities = self._velocities(params, key, prefix) if mu else ()
+                    if metric is None:
+                        variable.product = product
+                    else:
+                        variable.directions = delta / metric
                     continue
-                plane = self._kept(params, key, "mean_gradient")
-                torch._foreach_mul_(plane, (1 - share).to(delta))
-                torch._foreach_add_(plane, (share.to(delta) * delta).unbind())
-                ahead = torch.lerp(delta, self._stack(plane), mu)  # Nesterov
+                m = [self.state[p][f"{prefix}mean_gradient"] for p in params]
+                part = self._read(share.to(delta))
+                torch._foreach_mul_(m, 1 - part)
+                add_(m, delta.unbind(), part)
+                variable.planes = m
+                ahead = torch.lerp(delta, stack(m), mu)  # Nesterov
                 layout = group["layout"]
                 planes.append((ahead, layout, delta if layout == "rows" else None))
-                size = self._stack(self._kept(params, key, "size"))
-                spectral.append((variable, values, plane, _like(size, delta)))
-        directions = self._steepest(planes)
-        for (variable, values, plane, size), D in zip(spectral, directions, strict=True):
-            variable.add(values, D.mul_(size).unbind(), plane)
-        return [*variables.values()]
+                size = stack([self.state[p][f"{prefix}size"] for p in params])
+                sizes.append(size.view(-1, *[1] * (ahead.dim() - 1)))
+        if planes:
+            for variable, D, size in zip(variables, self._steepest(planes), sizes, strict=True):
+                variable.directions = D.mul_(size)
+        return variables
 
-    def _pull_back(
-        self, group: dict[str, Any], params: list[Tensor], grads: Sequence[Tensor]
-    ) -> Iterator[tuple[str, Any, Tensor | None]]:
-        r"""State key, :math:`\delta` and :math:`M` of all that is trained for ``params``."""
-        if (quantizer := quantizer_of(group)) is not None:
-            pulled = quantizer.pull_back(self._stack(grads), self._stacked(quantizer, params))
-            for key, (delta, metric) in pulled.items():
-                yield key, self._settle(delta), self._settle(metric)
-        else:  # in the Euclidean norm D is the gradient itself, of which no copy is needed
-            yield "", grads if group["norm"] == "euclidean" else self._stack(grads), None
-
-    def _kept(self, params: list[Tensor], variable: str, key: str) -> list[Tensor]:
-        """What is kept for a variable; zeros if that has not been kept until now."""
-        name = named(variable, key)
-        for state, p in ((self.state[p], p) for p in params if name not in self.state[p]):
-            state[name] = torch.zeros_like(state[variable] if variable else wide(p))
+    def _velocities(self, params: list[Tensor], key: str, prefix: str) -> list[Tensor]:
+        """:math:`z`, of zeros where momentum was 0 until now."""
+        name = f"{prefix}momentum_buffer"
+        for p in (p for p in params if name not in self.state[p]):
+            self.state[p][name] = torch.zeros_like(self.state[p][key] if key else wide(p))
         return [self.state[p][name] for p in params]
 
-    def _variable_of(
-        self, variables: dict[Any, Variable], group: dict[str, Any], p: Tensor, key: str
-    ) -> Variable:
-        """The one in which ``key`` of a parameter is trained together with its like."""
-        lr, radius, scale = group["lr"], group.get("radius"), key not in ("", "latent")
-        upper = math.inf if radius is None or scale else radius
-        lower = SCALE_MIN if scale else -upper
-        # A scale is not pulled towards 0: two levels would merge.
-        decay, mu = 0.0 if scale else group["weight_decay"], group["momentum"]
-        searched = group["norm"] == "euclidean" and group.get("step_size") == "exact"
-        kind = (id(lr) if isinstance(lr, Tensor) else lr, decay, mu, lower, upper, searched)
-        if (place := (*kind, *self._place(p)[1:])) not in variables:
-            eta = self._read(lr.reshape(()).to(self._gamma)) if isinstance(lr, Tensor) else lr
-            searched = searched and lower > -math.inf
-            variables[place] = Variable(eta, decay, mu, lower, upper, searched, self._stack)
-        return variables[place]
+    def _dual_terms(self, variables: Sequence[Variable]) -> tuple[Tensor, Tensor]:
+        r""":math:`\sum\eta\langle m, \lambda v\rangle` and :math:`\sum\eta\langle m, D\rangle`."""
+        terms = [variable.dual_terms() for variable in variables]
+        decay = [d for d, _ in terms if d is not None]
+        both = self._gather([*decay, *(f for _, f in terms)] or [torch.zeros_like(self._gamma)])
+        return both[: len(decay)].sum(), both[len(decay) :].sum()
 
     def _stacked(self, quantizer: Quantizer, params: list[Tensor]) -> State:
         """The states of a batch of parameters as one."""
+        keys, shape = ("unit", *quantizer.scales), (-1, *[1] * params[0].dim())
         states = [self.state[p] for p in params]
-        latent = self._settle(self._stack([state["latent"] for state in states]), whole=True)
-        numbers = {
-            key: _like(self._stack([state[key] for state in states]), latent)
-            for key in ("unit", *quantizer.scales)
-        }
+        latent = self._settle(stack([state["latent"] for state in states]), whole=True)
+        numbers = {key: stack([state[key] for state in states]).view(shape) for key in keys}
         return {"latent": latent, **numbers}
 
     def _quantize(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -253,7 +254,7 @@ class FrankWolfe(LatentOptimizer):
         bit. Crowded is a mean of :math:`|u|` above :math:`\tfrac34 R`; latents that wander about
         the box at random have :math:`\tfrac12 R`.
         """
-        latent = self._stack([state["latent"] for state in states])
+        latent = stack([state["latent"] for state in states])
         size = latent.abs().sum(tuple(range(1, latent.dim()))) / latent[0].numel()
         half = torch.where(size > 0.75 * radius, 0.5, 1.0).unbind()
         for key in states[0].keys() & {"latent", "size", "momentum_buffer"}:
@@ -278,14 +279,17 @@ class FrankWolfe(LatentOptimizer):
             state = {"latent": latent, **numbers}
             values = {key: state[key] for key in ("latent", *quantizer.scales)}
         for key, value in values.items():
+            prefix = "" if key in ("", "latent") else f"{key}_"
             if group["norm"] == "spectral":
-                state[named(key, "mean_gradient")] = torch.zeros_like(value)
-                state[named(key, "size")] = self._size(key, value, state, bound)
+                state[f"{prefix}mean_gradient"] = torch.zeros_like(value)
+                state[f"{prefix}size"] = self._size(key, value, state, bound)
             elif group["momentum"]:
-                state[named(key, "momentum_buffer")] = torch.zeros_like(value)
+                state[f"{prefix}momentum_buffer"] = torch.zeros_like(value)
         if state:
             self.state[p] = state
-        self._quantize(group, [p])
+        if quantizer is not None:
+            self._quantize(group, [p])
+            self._written[p] = p._version
 
     def _size(self, key: str, value: Tensor, state: State, radius: float | None) -> Tensor:
         r""":math:`\rho`, the length of a step at :math:`\eta = \gamma = 1`."""
@@ -294,29 +298,7 @@ class FrankWolfe(LatentOptimizer):
             return VECTOR_SIZE * torch.maximum(value, usual)
         if key == "latent":
             return torch.full_like(state["unit"], LATENT_SIZE * min(1.0, radius or 1.0))
-        rms = self._settle(value.square().mean().sqrt())
+        rms: Tensor = self._settle(value.square().mean().sqrt())
         if value.dim() < 2:
             return VECTOR_SIZE * rms.clamp(min=1)
         return rms.clamp(min=LEAST_SIZE * value[0].numel() ** -0.5)
-
-    def _dual_terms(self, variables: Sequence[Variable]) -> tuple[Tensor, Tensor]:
-        r""":math:`\sum\eta\langle m, \lambda v\rangle` and :math:`\sum\eta\langle m, D\rangle`."""
-        terms = [variable.dual_terms() for variable in variables]
-        decay, full = ([term for each in terms for term in each[i]] for i in (0, 1))
-        if not decay:
-            return self._total(decay), self._total(full)
-        both = self._gather(decay + full)
-        return both[: len(decay)].sum(), both[len(decay) :].sum()
-
-    def _total(self, terms: list[Tensor]) -> Tensor:
-        return self._gather(terms).sum() if terms else torch.zeros_like(self._gamma)
-
-    def _report(self, result: T, gamma: Tensor, skip: Tensor) -> T:
-        self._gamma.copy_(gamma)
-        self._skipped.add_(skip)
-        return result
-
-
-def _like(numbers: Tensor, batch: Tensor) -> Tensor:
-    """A number for each tensor of a batch, to broadcast over it."""
-    return numbers.view(-1, *[1] * (batch.dim() - 1))

@@ -60,7 +60,7 @@ def exact(
     variables: Sequence[Variable],
     start: Tensor,
     eps: float | Tensor,
-    total: Callable[[list[Tensor]], Tensor],
+    gather: Callable[[list[Tensor]], Tensor] = torch.stack,
 ) -> Tensor:
     r"""The root of :math:`\varphi'` on :math:`[0, 1]` in a box, or the end nearest to it.
 
@@ -69,16 +69,16 @@ def exact(
         variables: those in a box, each value within its bounds.
         start: a point before the root, 0-dim: the closed form's.
         eps: :math:`\varepsilon`, and what the others' full step takes from the plane.
-        total: adds up terms of variables.
+        gather: numbers as one tensor.
 
     Returns:
         :math:`\gamma`, 0-dim: the root to rounding on the gradients of networks, never beyond it.
     """
-    gamma = start
+    gamma, n = start, len(variables)
     for _ in range(NEWTON_STEPS):
         slopes, bends = zip(*(v.dual_slope(gamma) for v in variables), strict=True)
-        slope = height - eps * gamma + total([s for each in slopes for s in each])
-        bend = total([b for each in bends for b in each]) - eps
+        terms = gather([*slopes, *bends])
+        slope, bend = height - eps * gamma + terms[:n].sum(), terms[n:].sum() - eps
         # Where nothing moves any more the slope is flat: above zero, the end is the maximum.
         newton = torch.where(bend < 0, -slope / bend, torch.where(slope > 0, 1.0, 0.0))
         gamma = (gamma + newton.clamp(min=0)).clamp(max=1)

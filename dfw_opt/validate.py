@@ -37,13 +37,11 @@ _CHOICES = {
 }
 FIXED = ("norm", "quantizer", "layout", "scale_axis", "scale_groups")
 """Settings that decide what the state of a parameter means."""
-_CHANGING = ("lr", "momentum", "weight_decay", "eps", "radius", "step_size", "relaxation")
 # Settings that not all optimizers have, and one that does.
-_BOTH = dict.fromkeys(
+_HOMES = {"threshold": "TernaryDFW", "bits": "ProjectedDFW"} | dict.fromkeys(
     ("quantizer", "radius", "step_size", "relaxation"), "ProjectedDFW or TernaryDFW"
 )
-_HOMES = {**_BOTH, "threshold": "TernaryDFW", "bits": "ProjectedDFW"}
-_USAGE = (
+USAGE = (
     "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with a "
     "closure that calls backward() and returns the loss, or optimizer.watch_loss(criterion) once "
     "where the loop that calls step() is not yours"
@@ -61,13 +59,12 @@ def check_group(
             f"quantizer={group['quantizer']!r}"
         )
     _check_shared(group, optimizer.param_groups[0])
-    for p in group["params"]:
-        if p.requires_grad:
-            _check_parameter(p, group)
+    for p in (p for p in group["params"] if p.requires_grad):
+        _check_parameter(p, group)
 
 
 def _check_shared(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    for name in ("norm", "eps", *(("momentum",) if group["norm"] == "spectral" else ())):
+    for name in ("norm", "eps", "momentum")[: 3 if group["norm"] == "spectral" else 2]:
         if group[name] != first[name]:
             raise ValueError(
                 f"{name}={group[name]!r} differs from the first group's {first[name]!r}, but "
@@ -77,8 +74,8 @@ def _check_shared(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
 
 def check_groups(optimizer: "LatentOptimizer") -> None:
     """Checks what only all groups of a new optimizer together tell."""
-    groups, default = optimizer.param_groups, optimizer.defaults
-    quantized = [group for group in groups if group.get("quantizer") is not None]
+    default, kind = optimizer.defaults, type(optimizer).__name__
+    quantized = [g for g in optimizer.param_groups if g.get("quantizer") is not None]
     if default.get("bits") is not None and all(g["quantizer"] != "uniform" for g in quantized):
         raise ValueError(
             f"bits={default['bits']!r} needs quantizer='uniform', but it is "
@@ -89,7 +86,7 @@ def check_groups(optimizer: "LatentOptimizer") -> None:
             f"the group {quantized[0].get('name')!r} to be quantized is empty: by default "
             "dfw_opt.param_groups leaves the first and last Conv and Linear layer in float, "
             "and layers whose weight is computed; param_groups(model, skip=[]) leaves out "
-            f"none, and {type(optimizer).__name__}(..., quantizer=None) quantizes none"
+            f"none, and {kind}(..., quantizer=None) quantizes none"
         )
 
 
@@ -109,10 +106,7 @@ def check_settings(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     axes = group.get("scale_axis", 0)
     axes = axes if isinstance(axes, tuple) else (axes,)
     if not axes or any(type(axis) is not int or axis < 0 for axis in axes):
-        raise ValueError(
-            f"scale_axis={group['scale_axis']!r} must be a dimension, at least 0, or a tuple of "
-            "them"
-        )
+        raise ValueError(f"scale_axis={group['scale_axis']!r} must be a dimension, or a tuple")
     if (kind := group.get("quantizer")) is not None and "quantizer" in known:
         available = [key for key, (_, keys) in QUANTIZERS.items() if {*keys} <= known.keys()]
         if kind not in available:
@@ -148,54 +142,39 @@ def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
             f"{where} is a piece of several that FullyShardedDataParallel has joined; shard the "
             "model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
         )
-    quantizer = quantizer_of(group)
-    if quantizer is None:
+    if (quantizer := quantizer_of(group)) is None:
         return
+    where, sharded = f"{where} is in a group with quantizer={name!r}", sharding.is_sharded(p)
     if p.dim() < 2 or max(quantizer.axis, default=0) >= p.dim():
         raise ValueError(
-            f"{where} is in a group with quantizer={name!r} and "
-            f"scale_axis={group['scale_axis']!r}, which needs at least 2 dimensions; leave biases "
-            "and norms in a float group, as dfw_opt.param_groups(model) does"
+            f"{where} and scale_axis={group['scale_axis']!r}, which needs at least 2 dimensions; "
+            "leave biases and norms in a float group, as dfw_opt.param_groups(model) does"
         )
-    if p.shape[0] % quantizer.groups:
-        raise ValueError(f"scale_groups={quantizer.groups} does not divide the first of {where}")
+    if p.shape[0] % quantizer.groups or (sharded and quantizer.groups > 1):
+        raise ValueError(
+            f"{where} and scale_groups={quantizer.groups}, which must divide its first dimension, "
+            "and be 1 if it is sharded"
+        )
     if p.is_meta:
         raise ValueError(
-            f"{where} in a group with quantizer={name!r} is on the meta device and has no values "
-            "to quantize; make the model real (to_empty(), then initialise it) before the optimizer"
+            f"{where}, but on the meta device, with no values to quantize; make the model real "
+            "(to_empty(), then initialise it) before the optimizer"
         )
-    if sharding.is_sharded(p) and quantizer.groups > 1:
-        raise ValueError(f"scale_groups={quantizer.groups}: {where} must not be sharded")
-    if not p.numel():
-        return
     if not sharding.all_finite(p):
         raise ValueError(
-            f"{where} in a group with quantizer={name!r} holds NaN or infinity; initialise the "
-            "model before making the optimizer"
+            f"{where} and holds NaN or infinity; initialise the model before making the optimizer"
         )
     levels = {"binary": 2, "ternary": 3}.get(str(name), 2 ** (group.get("bits") or 1))
-    if sharding.is_sharded(p) or p.numel() < 8 * levels:
+    if sharded or p.numel() < 8 * levels:
         return
     channels = p.numel() // quantizer.channel_size(p.detach().unsqueeze(0))
     if 1 < torch.unique(p.detach()).numel() <= min(p.numel() // 4, channels * levels):
         warnings.warn(
-            f"{where} in a group with quantizer={name!r} is quantized already, so the latents "
-            "start at its levels, far from where they could flip. If this is a second optimizer "
-            "for the same model, make the model anew first, or load the state of the first one",
+            f"{where} and quantized already, so the latents start at its levels, far from where "
+            "they could flip. If this is a second optimizer for the same model, make the model "
+            "anew first, or load the state of the first one",
             stacklevel=7,
         )
-
-
-def groups_to_relax(optimizer: "LatentOptimizer", relaxation: float) -> list[dict[str, Any]]:
-    """The quantized groups, if ``relaxation`` can be set."""
-    _check_number("relaxation", relaxation, *_RANGES["relaxation"])
-    groups = [group for group in optimizer.param_groups if group.get("quantizer") is not None]
-    if not groups:
-        raise ValueError(
-            f"relaxation={relaxation!r}: no group of this {type(optimizer).__name__} is quantized, "
-            "so there is nothing to relax"
-        )
-    return groups
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
@@ -214,31 +193,8 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     return "\n".join([f"{type(optimizer).__name__} (", *lines, ")"])
 
 
-def loss_of_step(optimizer: "LatentOptimizer", closure: Any, loss: Any) -> tuple[Any, Any]:
-    """What a step is to return, and the loss to step by: passed, the closure's, or watched."""
-    name, watch = type(optimizer).__name__, optimizer._watch
-    if closure is not None and loss is not None:
-        raise TypeError(f"{name}.step takes a closure or a loss, not both: {_USAGE}")
-    if loss is not None:
-        return loss, _checked("the loss", loss)
-    if closure is None:
-        if watch.active:
-            return None, watch.value(name)
-        if sharding.is_probe(optimizer):
-            return None, 0.0
-        raise TypeError(f"{name}.step needs the loss: {_USAGE}")
-    if not callable(closure):
-        raise TypeError(f"{name}.step: the closure, {closure!r}, cannot be called: {_USAGE}")
-    with torch.enable_grad():
-        loss = closure()
-    # Frameworks that call backward() themselves pass closures that return nothing. The closure's
-    # result may be that of the last micro-batch alone, so that what was watched comes first.
-    if loss is not None or not watch.active:
-        _checked("the closure's result", loss)
-    return loss, watch.value(name) if watch.active else loss
-
-
-def _checked(source: str, loss: Any) -> Any:
+def checked_loss(loss: Any, source: str) -> Any:
+    """A loss that can be stepped by."""
     if not isinstance(loss, Tensor | int | float):
         raise TypeError(f"{source} is {loss!r}; it must be a real scalar tensor or a number")
     if isinstance(loss, Tensor) and loss.is_complex():
@@ -251,43 +207,45 @@ def _checked(source: str, loss: Any) -> Any:
     return loss
 
 
+def settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a group is checked; tensors are not looked at."""
+    names = (*FIXED, *_RANGES, "step_size")
+    return {k: None if isinstance(group.get(k), Tensor) else group.get(k) for k in names}
+
+
 def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
     """Checks what may have been changed since the last step: settings, and parameters."""
     if torch.compiler.is_compiling():
         return
-    for number, group in enumerate(optimizer.param_groups):
-        seen = _settings(group)
-        before = optimizer._seen.get(number, seen)
-        if seen != before:
+    for group, seen in zip(optimizer.param_groups, optimizer._seen, strict=True):
+        if any(group.get(k) is not x and settings(group) != seen for k, x in seen.items()):
             check_settings(group, optimizer.defaults)
-            for name, value, old in zip(FIXED, seen, before, strict=False):
-                if value != old:
+            for name in FIXED:
+                if group.get(name) != seen[name]:
                     raise ValueError(
-                        f"{name}={value!r} was {old!r}: it cannot change once it has been chosen; "
-                        "make a new optimizer"
+                        f"{name}={group.get(name)!r} was {seen[name]!r}: it cannot change once it "
+                        "has been chosen; make a new optimizer"
                     )
             _check_shared(group, optimizer.param_groups[0])
-            optimizer._seen[number] = seen
+            seen |= settings(group)
         for p in group["params"]:
-            unfrozen = p.grad is not None and p not in optimizer.state
-            if unfrozen and group.get("quantizer") is not None:
-                _check_parameter(p, group)
-    optimizer._late = overwritten(optimizer)  # other ranks wait for this one: warn when they have
-
-
-def _settings(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of a group may not change, and what may; tensors are not looked at."""
-    values = map(group.get, (*FIXED, *_CHANGING, "bits", "threshold"))
-    return tuple(None if isinstance(value, Tensor) else value for value in values)
+            if p.grad is not None and p not in optimizer.state and group.get("quantizer"):
+                _check_parameter(p, group)  # frozen until now
+    if any(p._version != version for p, version in optimizer._written.items()):
+        optimizer._late = overwritten(optimizer)  # others wait for this rank: warn when they have
 
 
 def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
     """Warns, once each, of steps that cannot do what they are meant to."""
     if torch.compiler.is_compiling():
         return
-    note_written(optimizer)
-    optimizer._watch.clear()
-    warn(optimizer._late)
+    for p in optimizer._written:
+        optimizer._written[p] = p._version
+    if optimizer._watch.active:
+        optimizer._watch.clear()
+    if optimizer._late:
+        warn(optimizer._late)
+        optimizer._late = []
     if optimizer._ell.device.type == "cpu" and -math.inf < float(optimizer._ell) < 0:
         _warn_once(
             optimizer,
@@ -303,20 +261,6 @@ def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
         )
 
 
-def _warn_once(optimizer: "LatentOptimizer", text: str) -> None:
-    if (kind := text[:20]) not in optimizer._warned:
-        optimizer._warned.add(kind)
-        warnings.warn(text, stacklevel=4)
-
-
-def note_written(optimizer: "LatentOptimizer") -> None:
-    """Remembers at which version each quantized parameter was written, and new groups' settings."""
-    for number in range(len(optimizer._seen), len(optimizer.param_groups)):
-        optimizer._seen[number] = _settings(optimizer.param_groups[number])
-    for p in _whole_quantized(optimizer):
-        optimizer._written[p] = p._version
-
-
 def overwritten(optimizer: "LatentOptimizer") -> list[str]:
     """Puts back Q(u) where others have written to a quantized parameter, and says so.
 
@@ -324,20 +268,20 @@ def overwritten(optimizer: "LatentOptimizer") -> list[str]:
     may have been written to.
     """
     texts = []
-    for p in _whole_quantized(optimizer):
-        if optimizer._written.get(p, p._version) == p._version:
-            continue
-        optimizer._written[p] = p._version
-        before = p.detach().clone()
-        (group,) = (g for g in optimizer.param_groups if any(p is q for q in g["params"]))
-        with torch.no_grad():
-            optimizer._quantize(group, [p])
-        if not torch.equal(p, before):
-            texts.append(
-                f"a quantized parameter of shape {tuple(p.shape)} was changed from outside since "
-                "the last step. The change is lost: the optimizer's latents know nothing of it. "
-                "Load weights before making the optimizer"
-            )
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            version = p._version
+            if optimizer._written.get(p, version) == version or sharding.is_sharded(p):
+                continue
+            before, optimizer._written[p] = p.detach().clone(), version
+            with torch.no_grad():
+                optimizer._quantize(group, [p])
+            if not torch.equal(p, before):
+                texts.append(
+                    f"a quantized parameter of shape {tuple(p.shape)} was changed from outside "
+                    "since the last step. The change is lost: the optimizer's latents know nothing "
+                    "of it. Load weights before making the optimizer"
+                )
     return texts
 
 
@@ -347,11 +291,7 @@ def warn(texts: list[str]) -> None:
         warnings.warn(text, stacklevel=4)
 
 
-def _whole_quantized(optimizer: "LatentOptimizer") -> list[Tensor]:
-    return [
-        p
-        for group in optimizer.param_groups
-        if group.get("quantizer") is not None
-        for p in group["params"]
-        if p in optimizer.state and not sharding.is_sharded(p)
-    ]
+def _warn_once(optimizer: "LatentOptimizer", text: str) -> None:
+    if (kind := text[:20]) not in optimizer._warned:
+        optimizer._warned.add(kind)
+        warnings.warn(text, stacklevel=4)

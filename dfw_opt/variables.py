@@ -11,25 +11,36 @@ Source: Berrada et al., ICLR 2019 (arXiv 1811.07591), Algorithm 1 and appendix o
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Stack", "Variable", "add_", "stack", "wide"]
+__all__ = ["Variable", "add_", "squares", "stack", "update_", "wide"]
 
-Stack = Callable[[Sequence[Tensor]], Tensor]
+Batch = Tensor | list[Tensor]
+"""Tensors of one shape, as a sequence or stacked along a first dimension."""
 
 
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape along a new first dimension; a single one in the memory that it has."""
-    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+def stack(batch: Batch) -> Tensor:
+    """A batch along a first dimension; a single tensor in the memory that it has."""
+    if isinstance(batch, Tensor):
+        return batch
+    return torch.stack([*batch]) if len(batch) > 1 else batch[0].unsqueeze(0)
 
 
 def wide(x: Tensor) -> Tensor:
     """Float32 or wider: sums and small steps vanish in half precision."""
     return x if x.dtype.itemsize >= 4 else x.float()
+
+
+def squares(batch: Sequence[Tensor]) -> Tensor:
+    """The sum of all squares, 0-dim. Not of many at once: float32 would lose their last digits."""
+    few = 2**18
+    parts = [y for x in batch for y in (torch.split(x.flatten(), few) if x.numel() > few else [x])]
+    return torch.stack([*torch._foreach_norm(parts)]).square().sum()
 
 
 def add_(targets: list[Tensor], sources: list[Tensor], factor: float | Tensor) -> None:
@@ -42,124 +53,89 @@ def add_(targets: list[Tensor], sources: list[Tensor], factor: float | Tensor) -
 
 @dataclass(eq=False)
 class Variable:
-    r"""Tensors that are trained alike, in batches of one shape.
+    r"""Tensors of one shape that are trained alike.
 
     Attributes:
-        lr: :math:`\eta`.
-        weight_decay: :math:`\lambda`.
-        momentum: :math:`\mu`.
-        lower: the least value.
-        upper: the largest.
-        searched: whether the step size sees the bounds.
         values: :math:`v`, moved in place.
         directions: :math:`D`, for each value, float32 or wider.
-        planes: :math:`m`, for each value; ``None`` for a batch where it is :math:`M D`.
-        metrics: :math:`M` of each batch, the squared change that a unit step makes in the weights,
-            shape ``(batch, 1, ...)``; ``None`` is 1.
+        planes: :math:`m`, for each value.
+        lr: :math:`\eta`.
+        weight_decay: :math:`\lambda`.
+        lower, upper: the bounds of the values.
+        momentum: :math:`\mu`, of :math:`z`.
         velocities: :math:`z`, for each value; none where momentum is in the plane, or 0.
+        alike: what variables have in common that are moved at once.
+        searched: whether the step size sees the bounds.
+        product: :math:`\langle m, D\rangle`, 0-dim, where that is known.
     """
 
+    values: list[Tensor]
+    directions: Batch
+    planes: Batch
     lr: float | Tensor
-    weight_decay: float
-    momentum: float
-    lower: float
-    upper: float
-    searched: bool
-    stack: Stack = stack
-    values: list[list[Tensor]] = field(default_factory=list)
-    directions: list[Sequence[Tensor]] = field(default_factory=list)
-    planes: list[list[Tensor] | None] = field(default_factory=list)
-    metrics: list[Tensor | None] = field(default_factory=list)
-    velocities: list[Tensor] = field(default_factory=list)
+    weight_decay: float = 0.0
+    lower: float = -math.inf
+    upper: float = math.inf
+    momentum: float = 0.0
+    velocities: list[Tensor] | tuple[()] = ()
+    alike: Any = None
+    searched: bool = False
+    product: Tensor | None = None
 
-    def add(
-        self,
-        values: list[Tensor],
-        directions: Sequence[Tensor],
-        plane: list[Tensor] | None = None,
-        *,
-        metric: Tensor | None = None,
-        velocity: Sequence[Tensor] = (),
-    ) -> None:
-        """Adds a batch: tensors of one shape."""
-        self.values.append(values)
-        self.directions.append(directions)
-        self.planes.append(plane)
-        self.metrics.append(metric)
-        self.velocities += velocity
-
-    def dual_terms(self) -> tuple[list[Tensor], list[Tensor]]:
+    def dual_terms(self) -> tuple[Tensor | None, Tensor]:
         r""":math:`\eta\langle m, \lambda v\rangle`, if there is decay, and
-        :math:`\eta\langle m, D\rangle` of each batch: what they take from the plane.
+        :math:`\eta\langle m, D\rangle`: what they take from the plane, 0-dim.
         """
-        decay, full = [], []
-        for values, D, m in self._batches():
-            full.append(_inner(m, D))
-            if self.weight_decay:
-                decay.append(_inner(m, self._stacked(values)))
-        torch._foreach_mul_(full, self.lr)
-        if decay:
-            torch._foreach_mul_(decay, self.lr * self.weight_decay)
-        return decay, full
+        decay, product = None, self.product
+        if product is None:
+            product = (stack(self.planes) * stack(self.directions)).sum()
+        if self.weight_decay:
+            inner = (stack(self.planes) * wide(stack(self.values))).sum()
+            decay = self.lr * self.weight_decay * inner
+        return decay, self.lr * product
 
-    def dual_slope(self, gamma: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        r""":math:`\langle m, v(\gamma) - v\rangle` in the box, and its right derivative."""
-        slopes, bends = [], []
-        for values, D, m in self._batches():
-            v = self._stacked(values)
-            step = -self.lr * gamma.to(D) * D
-            if self.weight_decay:
-                step = step - self.lr * self.weight_decay * v
-            # Steps, not places, are compared and summed: v(γ) − v would lose a small step's digits.
-            below, above = self.lower - v, self.upper - v
-            taken = torch.clamp(step, below, above)
-            free = (taken == step) & (step != torch.where(D > 0, below, above))
-            slopes.append((m * taken).sum())
-            bends.append(-self.lr * (m * D * free).sum())
-        return slopes, bends
+    def dual_slope(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`\langle m, v(\gamma) - v\rangle` in the box, and its right derivative, 0-dim."""
+        v, D, m = wide(stack(self.values)), stack(self.directions), stack(self.planes)
+        step = -self.lr * gamma.to(D) * D
+        if self.weight_decay:
+            step = step - self.lr * self.weight_decay * v
+        # Steps, not places, are compared and summed: v(γ) − v would lose a small step's digits.
+        below, above = self.lower - v, self.upper - v
+        taken = torch.clamp(step, below, above)
+        free = (taken == step) & (step != torch.where(D > 0, below, above))
+        return (m * taken).sum(), -self.lr * (m * D * free).sum()
 
-    def update_(self, gamma: float | Tensor, counts: float | Tensor) -> None:
-        """The module's formulas, in place; where ``counts`` is 0 rather than 1, nothing changes."""
-        values = [v for batch in self.values for v in batch]
-        D, z = [d for batch in self.directions for d in batch], self.velocities
-        gamma, counts = (x.to(D[0]) if isinstance(x, Tensor) else x for x in (gamma, counts))
-        full, decay = -self.lr * gamma, -self.lr * self.weight_decay * counts
+
+def update_(variables: Iterable[Variable], gamma: float | Tensor, counts: float | Tensor) -> None:
+    """The module's formulas, in place; where ``counts`` is 0 rather than 1, nothing changes."""
+    alike: dict[Any, list[Variable]] = {}
+    for variable in variables:
+        alike.setdefault(variable.alike, []).append(variable)
+    for same in alike.values():
+        values = [x for v in same for x in v.values]
+        D, z = [x for v in same for x in v.directions], [x for v in same for x in v.velocities]
+        lr, decay, mu = same[0].lr, same[0].weight_decay, same[0].momentum
+        share, count = (x.to(D[0]) if isinstance(x, Tensor) else x for x in (gamma, counts))
+        full = -lr * share
+        if isinstance(full, Tensor):
+            D, full = [*torch._foreach_mul(D, full)], 1.0
         if z:
-            torch._foreach_mul_(z, 1 - (1 - self.momentum) * counts)
-            add_(z, D, full)
-            if self.weight_decay:
-                add_(z, values, decay * gamma)
+            torch._foreach_mul_(z, 1 - (1 - mu) * count)
+            torch._foreach_add_(z, D, alpha=full)
+            if decay:
+                add_(z, values, -lr * decay * share)
         # In half precision a small part of a step, rounded on its own, would be lost.
         moved = [wide(v) for v in values]
-        if self.weight_decay:
-            torch._foreach_mul_(moved, 1 + decay)
-        add_(moved, D, full)
+        if decay:
+            torch._foreach_mul_(moved, 1 - lr * decay * count)
+        torch._foreach_add_(moved, D, alpha=full)
         if z:
-            add_(moved, z, self.momentum * counts)
-        if self.lower > -math.inf:
-            torch._foreach_clamp_min_(moved, self.lower)
-        if self.upper < math.inf:
-            torch._foreach_clamp_max_(moved, self.upper)
+            add_(moved, z, mu * count)
+        if same[0].lower > -math.inf:
+            torch._foreach_clamp_min_(moved, same[0].lower)
+        if same[0].upper < math.inf:
+            torch._foreach_clamp_max_(moved, same[0].upper)
         for v, result in zip(values, moved, strict=True):
             if result is not v:
                 v.copy_(result)
-
-    def _batches(self) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
-        """The values of each batch, its :math:`D` and its :math:`m`, stacked."""
-        parts = zip(self.values, self.directions, self.planes, self.metrics, strict=True)
-        for values, directions, plane, metric in parts:
-            D = self.stack(directions)
-            m = D if plane is None else self.stack(plane)
-            yield values, D, m if metric is None else metric * m
-
-    def _stacked(self, values: list[Tensor]) -> Tensor:
-        return wide(self.stack(values))
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of the products. Squares are summed row by row, exactly enough and with no copy."""
-    if a is not b:
-        return (a * b).sum()
-    rows = a.flatten(2) if a.dim() > 2 else a.unsqueeze(-1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
-    return norms.square().sum()

@@ -13,6 +13,7 @@ import copy
 import datetime
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -40,14 +41,14 @@ from torch.distributed.checkpoint import save as dcp_save  # type: ignore[attr-d
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy, relu
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfw_opt import DFW, AveragedModel, norms, param_groups
+from dfw_opt import DFW, AveragedModel, norms, param_groups, sharding
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = datetime.timedelta(seconds=60)
@@ -453,6 +454,43 @@ def communication(kind: Kind, world: World) -> dict[str, Any]:
     return result
 
 
+SHAPES = {
+    "matrix": ((8, 5), (1, 7), (5, 3, 3, 3), (9,), ()),
+    "stack": ((3, 4, 6), (5, 6), (2, 3, 4, 5)),
+    "rows": ((7, 6), (3, 2, 5), (9,)),
+}
+PLACES: dict[int, list[Any]] = {
+    2: [[Shard(1)], [Shard(2)], [Shard(3)], [Replicate()]],
+    4: [[Shard(i), Shard(j)] for i in (1, 2, 3) for j in (1, 2, 3)] + [[Replicate(), Shard(1)]],
+}
+"""Where each dimension of a mesh cuts a batch, whose first dimension numbers its tensors."""
+
+
+def directions(kind: Kind, world: World) -> list[str]:
+    """Where they are not those of one process, or not where their planes are."""
+    problems = []
+    mesh = init_device_mesh("cpu", (2, 2)[: world.ranks // 2])
+    for layout, shapes in SHAPES.items():
+        for shape, places in itertools.product(shapes, PLACES[world.ranks]):
+            if max(getattr(place, "dim", 0) for place in places) > len(shape):
+                continue
+            torch.manual_seed(0)
+            planes: list[Any] = []
+            for batch in (3, 1, 3):
+                plane = torch.randn(batch, *shape, dtype=torch.float64)
+                planes.append((plane, layout, plane.relu() if layout == "rows" else None))
+            cut: list[Any] = [
+                tuple(distribute_tensor(x, mesh, places) if isinstance(x, Tensor) else x for x in p)
+                for p in planes
+            ]
+            wanted = norms.steepest(planes)
+            found = sharding._steepest(norms.steepest, cut)
+            for D, (plane, *_), one in zip(found, cut, wanted, strict=True):
+                if not (torch.allclose(whole(D), one) and sharding.placed_alike(D, plane)):
+                    problems.append(f"{layout} {shape} {places}")
+    return problems
+
+
 def placements(kind: Kind, world: World) -> list[str]:
     """Where the state is not cut as its parameter is, or keeps more than its part in memory."""
     problems = []
@@ -552,6 +590,7 @@ def checks(ranks: int) -> list[Check]:
         ("bad_numbers", bad_numbers, MAIN_KINDS),
         ("communication", communication, COUNTED if ranks == 2 else SPECTRAL),
         ("placements", placements, MAIN_KINDS),
+        ("directions", directions, SPECTRAL[:1]),
         ("loaded", loaded, SAVED),
     ]
     if ranks == 4:

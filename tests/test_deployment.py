@@ -14,6 +14,8 @@ from resnet20.settings import Settings
 from resnet20.training import Run
 from torch import Tensor, nn
 
+from dfw_opt import SignActivation
+
 NETS = ("xnor", "ternary")
 BATCH = ({0: torch.export.Dim("batch", min=2, max=1000)},)
 
@@ -57,3 +59,21 @@ def test_traced(trained: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> No
     weights = dict(loaded.named_parameters())
     for name, p in model.named_parameters():
         assert torch.equal(weights[name], p)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_onnx(trained: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+    """In onnxruntime. Its sums round otherwise, which may flip a sign of a number near 0."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, images, scores = trained
+    path, options = str(tmp_path / "net.onnx"), {"dynamo": True, "verbose": False}
+    torch.onnx.export(model, (images[:7],), path, dynamic_shapes=BATCH, **options)  # type: ignore[arg-type]
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    same = (torch.from_numpy(found) - scores).abs().amax(1) < 1e-3
+    assert same.sum() >= (48 if has_signs(model) else 50)
+    assert (torch.from_numpy(found)[same].argmax(1) == scores[same].argmax(1)).all()
+
+
+def has_signs(model: nn.Module) -> bool:
+    return any(isinstance(module, SignActivation) for module in model.modules())

@@ -157,7 +157,7 @@ class TestRefused:
         [
             (torch.ones(5), {}, ValueError, r"\(5,\).*at least 2 dim.*dfw_opt.param_groups"),
             (torch.eye(3), {"scale_axis": 2}, ValueError, r"\(3, 3\).*scale_axis=2"),
-            (torch.eye(3), {"scale_groups": 2}, ValueError, "scale_groups=2 does not divide"),
+            (torch.eye(3), {"scale_groups": 2}, ValueError, "scale_groups=2, which must divide"),
             (torch.full((3, 3), math.nan), {}, ValueError, r"\(3, 3\).*NaN or infinity"),
             (torch.eye(3, device="meta"), {}, ValueError, r"\(3, 3\).*meta device.*to_empty"),
             (torch.eye(3, dtype=torch.complex64), {}, TypeError, r"\(3, 3\).*complex64"),

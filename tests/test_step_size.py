@@ -73,16 +73,15 @@ class Problem:
         result = []
         for tensor in self.tensors:
             e = tensor[0]
-            variable = Variable(e.lr, e.weight_decay, 0.0, e.lower, e.upper, searched=True)
             values, gradients = ([getattr(e, n) for e in tensor] for n in ("value", "gradient"))
-            variable.add([double(values)], [double(gradients)], metric=double([[e.metric]]))
-            result.append(variable)
+            D, plane = double(gradients), e.metric * double(gradients)
+            bounds = (e.lr, e.weight_decay, e.lower, e.upper)
+            result.append(Variable([double(values)], [D], [plane], *bounds))
         return result
 
     def dual_terms(self) -> tuple[Tensor, Tensor]:
         terms = [v.dual_terms() for v in self.variables()]
-        decay, full = ([t for pair in terms for t in pair[i]] for i in (0, 1))
-        return total(decay), total(full)
+        return total([d for d, _ in terms if d is not None]), total([f for _, f in terms])
 
     def closed_form(self) -> Tensor:
         return step_size.closed_form(double(self.loss), *self.dual_terms(), self.eps)
@@ -90,7 +89,7 @@ class Problem:
     def climb(self) -> float:
         """The package's γ."""
         start = self.closed_form()
-        gamma = step_size.exact(double(self.loss), self.variables(), start, self.eps, total)
+        gamma = step_size.exact(double(self.loss), self.variables(), start, self.eps)
         assert gamma.dim() == 0
         return float(gamma)
 
@@ -172,7 +171,7 @@ class TestSlope:
         """In exact arithmetic, the derivative by a difference to the right."""
         problem.loss = problem.eps = 0.0
         terms = [v.dual_slope(double(gamma)) for v in problem.variables()]
-        first, second = (float(total([t for pair in terms for t in pair[i]])) for i in (0, 1))
+        first, second = (float(total([pair[i] for pair in terms])) for i in (0, 1))
         expected = problem.slope(gamma)
         assert abs(Fraction(first) - expected) <= ROUNDING * problem.size()
         at, step = Fraction(gamma), Fraction(1, 10**12)
@@ -187,7 +186,7 @@ class TestSlope:
         """On the bound and pushed out: no longer moves. On the bound and pushed in: moves."""
         for value, gradient, expected in ((1, -2, 0.0), (1, 2, -0.4), (-1, -2, -0.4), (-1, 2, 0.0)):
             (variable,) = Problem(0.0, 0.0, [[boxed(value, gradient)]]).variables()
-            assert float(variable.dual_slope(double(0.0))[1][0]) == pytest.approx(expected)
+            assert float(variable.dual_slope(double(0.0))[1]) == pytest.approx(expected)
 
 
 class TestExact:
@@ -246,14 +245,14 @@ class TestExact:
             room = np.where(gradient > 0, value + 1, 1 - value)
             most = np.abs(gradient) * np.minimum(eta * np.abs(gradient), room)
             loss = double(most.sum() * rng.uniform() ** rng.choice([0.1, 1, 3]))
-            variable = Variable(eta, 0.0, 0.0, -1.0, 1.0, searched=True)
-            variable.add([double(value)], [double(gradient)])
-            start = step_size.closed_form(loss, double(0.0), total(variable.dual_terms()[1]), 0.0)
+            D = [double(gradient)]
+            variable = Variable([double(value)], D, D, eta, lower=-1.0, upper=1.0)
+            start = step_size.closed_form(loss, double(0.0), variable.dual_terms()[1], 0.0)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(step_size, "NEWTON_STEPS", steps)
-                gamma = step_size.exact(loss, [variable], start, 0.0, total)
+                gamma = step_size.exact(loss, [variable], start, 0.0)
             if gamma < 1:
-                share = float((loss + total(variable.dual_slope(gamma)[0])) / loss)
+                share = float((loss + variable.dual_slope(gamma)[0]) / loss)
                 assert share >= -1e-12
                 worst = max(worst, share)
         assert worst <= left

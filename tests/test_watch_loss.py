@@ -337,14 +337,3 @@ def test_module_or_optimizer_that_is_no_more() -> None:
     del optimizer
     assert reference() is None
     run("plain", model, criterion, None)
-
-
-def test_compiled_step_of_an_unwatched_optimizer() -> None:
-    watch = make(make_model())._watch
-
-    @torch.compile(backend="eager", fullgraph=True)
-    def part_of_a_step(x: Tensor) -> Tensor:
-        watch.clear()
-        return x if watch.active else x + 1
-
-    assert part_of_a_step(torch.zeros(())) == 1
