@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import re
 import sys
 import tempfile
@@ -35,7 +34,13 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "examples"), str(DOCS)]
 import quick_start  # noqa: E402
 import results  # noqa: E402
 
-from dfw_opt import DFW, MultiClassHingeLoss, ProjectedDFW  # noqa: E402
+from dfw_opt import (  # noqa: E402
+    DFW,
+    MultiClassHingeLoss,
+    ProjectedDFW,
+    TernaryDFW,
+    param_groups,
+)
 from dfw_opt.norms import polar  # noqa: E402
 from dfw_opt.step_size import closed_form, exact  # noqa: E402
 from dfw_opt.variables import Variable  # noqa: E402
@@ -52,81 +57,59 @@ Data = dict[str, Any]
 
 
 def step_data() -> Data:
-    """The loss w², seen from w = 1, and the steps of SGD and DFW with the same lr."""
-    square = nn.MSELoss()
-    start, lr = torch.tensor([1.0], dtype=torch.float64), 1.0
-    weights, gamma = {}, 0.0
-    for name in ("sgd", "dfw"):
+    """The loss w² and its plane, seen from w = 1, and the steps of SGD and of DFW in a ball."""
+    square, start = nn.MSELoss(), torch.ones(1, dtype=torch.float64)
+    optimizers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+        "sgd": lambda w: torch.optim.SGD(w, lr=1.0),
+        "dfw": lambda w: DFW(w, lr=10.0, momentum=0.0, eps=0.0),  # of a vector's size, 0.1
+    }
+    data: Data = {"start": 1.0}
+    for name, make in optimizers.items():
         w = nn.Parameter(start.clone())
+        optimizer = make([w])
         loss = square(w, torch.zeros_like(w))
         loss.backward()
-        if name == "sgd":
-            torch.optim.SGD([w], lr).step()
-        else:
-            optimizer = DFW([w], lr, momentum=0.0, eps=0.0, norm="euclidean")
-            optimizer.step(loss=loss)
-            gamma = optimizer.gamma.item()
-        weights[name] = w.item()
+        optimizer.step(**({"loss": loss} if name == "dfw" else {}))
+        data[name] = w.item()
+    assert isinstance(optimizer, DFW)
     assert w.grad is not None
-
-    # The corner of the model is a point of this grid.
-    grid = torch.linspace(-1.5, 1.5, 61, dtype=torch.float64)
+    data["gamma"] = optimizer.gamma.item()
+    data["radius"] = (data["start"] - data["dfw"]) / data["gamma"]
+    grid = torch.linspace(-1.5, 2.5, 81, dtype=torch.float64)  # the plane's zero is one of these
     line = loss + w.grad * (grid - start)
-    near = (grid - start).square() / (2 * lr)
-    return {
-        "start": start.item(),
-        "lr": lr,
-        "gamma": gamma,
-        **weights,
-        "w": grid.tolist(),
-        "loss": grid.square().tolist(),
-        "line": line.tolist(),
-        "cut": line.clamp(min=0).tolist(),
-        "near": near.tolist(),
-    }
+    curves = {"w": grid, "loss": grid.square(), "line": line, "cut": line.clamp(min=0)}
+    return data | {name: curve.tolist() for name, curve in curves.items()}
 
 
 def draw_step(data: Data) -> Figure:
-    figure = Figure(figsize=(5, 5.4), layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True)
-    w, near = torch.tensor(data["w"]), torch.tensor(data["near"])
-    line, cut = torch.tensor(data["line"]), torch.tensor(data["cut"])
-
-    top.plot(w, data["loss"], **THIN)
-    top.plot(w, line, "C1--")
-    top.plot(w, cut, "C0", linewidth=2.4)
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    start, edge = data["start"], data["start"] - data["radius"]
+    axis.axvspan(edge, start + data["radius"], facecolor="C2", alpha=0.15)
+    axis.axhline(0, color="black", linewidth=0.6, alpha=0.5)
+    axis.plot(data["w"], data["loss"], **THIN)
+    axis.plot(data["w"], data["line"], "C1--")
+    axis.plot(data["w"], data["cut"], "C0", linewidth=2.4)
     for name, colour in (("start", "black"), ("sgd", "C1"), ("dfw", "C0")):
-        top.plot(data[name], data[name] ** 2, "o", color=colour)
-    top.set_title("the loss, and two models of it", **TITLE)
-    top.set(ylim=(-1.2, 2.2), yticks=[0, 1, 2])
-    top.text(-0.88, 1.0, "loss", color="black")
-    top.text(0.2, -0.85, "linear", color="C1")
-    top.text(-0.95, -0.3, "cut off at 0", color="C0")
-
-    bottom.plot(w, near, **(THIN | {"linestyle": ":"}))
-    bottom.plot(w, near + line, "C1--")
-    bottom.plot(w, near + cut, "C0", linewidth=2.4)
-    for name, model, colour in (("sgd", line, "C1"), ("dfw", cut, "C0")):
-        least = int((near + model).argmin())
-        bottom.plot(w[least], (near + model)[least], f"{colour}o")
-        for axis in (top, bottom):
-            axis.axvline(data[name], color=colour, linewidth=0.8, alpha=0.7)
-    bottom.set_title("what a step minimises", **TITLE)
-    bottom.set(ylim=(-1.2, 3.2), yticks=[-1, 0, 1, 2, 3])
-    bottom.text(-0.2, -1.05, "linear + parabola", color="C1")
-    bottom.text(-0.74, 1.65, "cut off + parabola", color="C0")
-    bottom.text(1.48, 0.22, "parabola", color="black", ha="right")
-
-    for axis in (top, bottom):
-        axis.axhline(0, color="black", linewidth=0.6, alpha=0.5)
-    names = {"sgd": "SGD", "dfw": "DFW", "start": "start"}
-    ticks = [f"{data[key]:g}\n{name}".replace("-", "−") for key, name in names.items()]
-    bottom.set_xticks([*(data[key] for key in names), 0], [*ticks, "0"])
-    bottom.set(xlabel="w", xlim=(-1.5, 1.5))
+        axis.plot(data[name], data[name] ** 2, "o", color=colour)
+    axis.plot([data["dfw"]] * 2, [data["dfw"] ** 2, -1.35], "C0", linewidth=0.8, alpha=0.7)
+    axis.plot([start, edge], [-1.6, -1.6], color="C2", marker="|", markersize=9, linewidth=1.2)
+    axis.plot([start, data["dfw"]], [-1.35, -1.35], color="C0", marker="|", linewidth=2.4)
+    axis.text(start + 0.08, -1.72, "full step", color="C2")
+    axis.text(start + 0.08, -1.36, f"γ = {data['gamma']:g} of it", color="C0")
+    axis.text(start, 3.45, "the ball", color="C2", ha="center", va="top")
+    axis.text(-1.4, 2.5, "loss", color="black")
+    axis.text(-0.18, -0.75, "plane", color="C1", ha="right")
+    axis.text(-1.45, 0.1, "cut off at 0", color="C0")
+    axis.text(start + 0.1, 0.85, "start", color="black", va="top")
+    axis.text(data["sgd"] + 0.1, 1.1, "SGD", color="C1")
+    axis.text(data["dfw"] - 0.06, 0.4, "DFW", color="C0", ha="right")
+    axis.set(xlabel="w", xlim=(-1.5, 2.5), ylim=(-1.9, 3.5), yticks=[-1, 0, 1, 2, 3])
+    axis.set_xticks([-1, 0, 0.5, 1, 2], ["−1", "0", "0.5", "1", "2"])
     return figure
 
 
-# ---- The spectral ball, and the averaged plane ----
+# ---- The spectral ball, the averaged plane, and the zeros of ternary weights ----
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -136,68 +119,109 @@ def digits() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(loaded.target)
 
 
-def training(momentum: float, steps: int) -> Iterator[tuple[float, float, Tensor]]:
-    """Loss, γ and the gradient of the middle layer, at each step of a small float network."""
-    images, labels = digits()
-    criterion, shuffle = MultiClassHingeLoss(smooth=True), torch.Generator().manual_seed(0)
+def network() -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = (nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
-        net = nn.Sequential(*layers).double()
-    optimizer = DFW(net.parameters(), lr=0.1, momentum=momentum)
+        return nn.Sequential(*layers).double()
+
+
+def training(net: nn.Sequential, optimizer: DFW | TernaryDFW, steps: int) -> Iterator[float]:
+    """γ at each step of a small network, in batches of 50."""
+    images, labels = digits()
+    criterion, shuffle = MultiClassHingeLoss(smooth=True), torch.Generator().manual_seed(0)
     for _ in range(steps):
         batch = torch.randperm(len(labels), generator=shuffle)[:50]
         loss = criterion(net(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(loss=loss)
-        gradient = net.get_parameter("2.weight").grad
-        assert gradient is not None
-        yield loss.item(), optimizer.gamma.item(), gradient
+        yield optimizer.gamma.item()
 
 
 def spectral_data() -> Data:
-    """Singular values of a gradient, and of the spectral step, both of root mean square 1."""
-    *_, (_, _, gradient) = training(0.9, 8)
+    """Singular values of a gradient, made as long as the spectral step, and of that step."""
+    net = network()
+    list(training(net, DFW(net.parameters(), lr=0.1), 8))
+    gradient = net.get_parameter("2.weight").grad
+    assert gradient is not None
     before, after = (torch.linalg.svdvals(x) for x in (gradient, polar(gradient.unsqueeze(0))[0]))
-    width = len(before)
+    before = before * after.norm() / before.norm()
     return {
-        name: [round(x, 4) for x in (math.sqrt(width) * values / values.norm()).tolist()]
+        name: [round(x, 4) for x in values.tolist()]
         for name, values in (("before", before), ("after", after))
     }
 
 
 def draw_spectral(data: Data) -> Figure:
-    figure = Figure(figsize=(5, 2.9), layout="constrained")
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     numbers = range(1, len(data["before"]) + 1)
     axis.bar(numbers, data["before"], width=0.9, color="C1")
+    axis.axhline(1, **THIN | {"linestyle": ":"})
     axis.step(numbers, data["after"], "C0", where="mid", linewidth=2.4)
-    axis.set_title("singular values of a gradient and of the step", **TITLE)
-    axis.text(2, 0.8 * data["before"][0], "gradient", color="C1")
-    axis.text(14, 2.1, "spectral step", color="C0")
+    axis.set_title("singular values", **TITLE)
+    axis.text(3, 0.8 * data["before"][0], "of the gradient", color="C1")
+    axis.text(14, 1.35, "of the spectral step", color="C0")
     axis.set(xlabel="number, the largest first", xlim=(0.4, len(data["before"]) + 0.6))
     return figure
 
 
 def plane_data() -> Data:
     """γ of the plane of each batch, and of the averaged plane: two trainings."""
-    return {
-        name: [gamma for _, gamma, _ in training(momentum, 200)]
-        for name, momentum in (("batch", 0.0), ("averaged", 0.9))
-    }
+    data: Data = {}
+    for name, momentum in (("batch", 0.0), ("averaged", 0.9)):
+        net = network()
+        data[name] = [*training(net, DFW(net.parameters(), lr=0.1, momentum=momentum), 200)]
+    return data
 
 
 def draw_plane(data: Data) -> Figure:
-    figure = Figure(figsize=(5, 2.9), layout="constrained")
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     steps = range(1, len(data["batch"]) + 1)
     axis.plot(steps, data["batch"], "C1", linewidth=1)
     axis.plot(steps, data["averaged"], "C0", linewidth=2)
     axis.set_title("γ, the share of the full step", **TITLE)
-    axis.text(70, 0.86, "plane of the batch", color="C1")
-    axis.text(34, -0.11, "averaged plane", color="C0")
-    axis.set(xlabel="step", ylim=(-0.15, 1.05), xlim=(0, len(steps)))
+    axis.text(70, 0.88, "plane of the batch", color="C1")
+    axis.text(34, -0.12, "averaged plane", color="C0")
+    axis.set(xlabel="step", ylim=(-0.17, 1.05), xlim=(0, len(steps)), yticks=[0, 0.5, 1])
+    return figure
+
+
+def zeros_data() -> Data:
+    """The latents of a ternary layer before and after training, and its zeros by threshold."""
+    data: Data = {}
+    for threshold in (0.05, 0.3):
+        net = network()
+        optimizer = TernaryDFW(param_groups(net), threshold=threshold)
+        weight, shares = net.get_parameter("2.weight"), []
+        for steps in (0, 200):
+            list(training(net, optimizer, steps))
+            shares.append(100 * (weight == 0).double().mean().item())
+            if threshold == 0.05:
+                counts = torch.histc(optimizer.state[weight]["latent"], BINS, -1, 1)
+                data["after" if steps else "before"] = (100 * counts / weight.numel()).tolist()
+        data[f"zeros at {threshold}"] = shares
+    return data
+
+
+BINS = 40
+
+
+def draw_zeros(data: Data) -> Figure:
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    edges = [2 * i / BINS - 1 for i in range(BINS + 1)]
+    axis.stairs(data["after"], edges, fill=True, color="C0")
+    axis.stairs(data["before"], edges, color="C1", linewidth=1.6)
+    axis.axvspan(-0.05, 0.05, facecolor="C2", alpha=0.4)
+    axis.set_title("% of the latents", **TITLE)
+    top = max(data["after"])
+    axis.text(0.08, 0.95 * top, "these weights are 0", color="C2", va="top")
+    axis.text(-0.85, 0.3 * top, "at the start", color="C1")
+    axis.text(0.9, 0.7 * top, "after 200 steps", color="C0", ha="right")
+    axis.set(xlabel="latent u", xlim=(-1.02, 1.02), xticks=[-1, -0.5, 0, 0.5, 1])
     return figure
 
 
@@ -325,7 +349,25 @@ def quick_start_data() -> Data:
 
 
 def draw_quick_start(data: Data) -> Figure:
-    return quick_start.draw([quick_start.Run(**run) for run in data["runs"]])
+    """What examples/quick_start.py draws, one panel below the other."""
+    figure = Figure(figsize=(5, 7.6), layout="constrained")
+    loss, gamma, *panels = figure.subplots(5, height_ratios=(1.8, 1.8, 1, 1, 1))
+    size = quick_start.WIDEST
+    edges = [size * (2 * i / quick_start.BINS - 1) for i in range(quick_start.BINS + 1)]
+    for number, (it, panel) in enumerate(zip(data["runs"], panels, strict=True)):
+        colour, steps = f"C{number}", range(5, len(it["losses"]), 10)
+        loss.semilogy(steps, quick_start.means(it["losses"]), colour)
+        gamma.plot(steps, quick_start.means(it["gammas"]), colour)
+        panel.stairs(it["weights"], edges, fill=True, color=colour)
+        panel.set_title(f"% of the {it['name']} weights", **TITLE)
+        panel.set(xlim=(-size, size), xticks=[-0.2, -0.1, 0, 0.1, 0.2])
+    loss.set_title("loss", **TITLE)
+    loss.set_yticks([0.5, 0.2, 0.1, 0.05, 0.02], ["0.5", "0.2", "0.1", "0.05", "0.02"])
+    loss.minorticks_off()
+    gamma.legend(loss.get_lines(), [it["name"] for it in data["runs"]], frameon=False)
+    gamma.set_title("γ", **TITLE)
+    gamma.set(xlabel="step", ylim=(0, None))
+    return figure
 
 
 # ---- Results ----
@@ -356,7 +398,7 @@ def draw_sweep(data: Data) -> Figure:
         axis.set_title(results.NAMES[net], **TITLE)
         axis.set(xscale="log", ylim=(5, 62), yticks=[10, 20, 30, 40, 50, 60])
         axis.axhline(10, **THIN)
-    for optimizer, (x, y) in {"dfw": (2.2, 47), "adam": (2e-4, 50), "sgd": (0.55, 15)}.items():
+    for optimizer, (x, y) in {"dfw": (0.3, 53), "adam": (1e-4, 51), "sgd": (1.5, 15)}.items():
         axes[0].text(x, y, LABELS[optimizer], color=LINES[optimizer])
     axes[-1].set_xlabel("lr")
     return figure
@@ -392,8 +434,8 @@ def draw_curves(data: Data) -> Figure:
                 axis.plot(epochs, values, style, color=LINES[optimizer], linewidth=1.2)
         axis.set_title(title, **TITLE)
         axis.set(ylim=(40, 92), yticks=[40, 50, 60, 70, 80, 90])
-    labels = [("dfw", 0, 26, 75), ("adam", 0, 16, 59), ("dfw", 1, 24, 75.5), ("adam", 1, 8, 62)]
-    labels += [("dfw", 2, 16, 85), ("adam", 2, 14.5, 71.5), ("sgd", 2, 26, 67)]
+    labels = [("dfw", 0, 19, 77), ("adam", 0, 16, 59), ("dfw", 1, 19, 73), ("adam", 1, 8, 61)]
+    labels += [("dfw", 2, 10, 86), ("adam", 2, 16, 71), ("sgd", 2, 26, 66)]
     for optimizer, panel, x, y in labels:
         axes[panel].text(x, y, LABELS[optimizer], color=LINES[optimizer])
     axes[-1].set_xlabel("epoch")
@@ -406,6 +448,7 @@ SOURCES: dict[str, tuple[Callable[[], Data], Callable[[Data], Figure]]] = {
     "step": (step_data, draw_step),
     "spectral": (spectral_data, draw_spectral),
     "plane": (plane_data, draw_plane),
+    "zeros": (zeros_data, draw_zeros),
     "dual": (dual_data, draw_dual),
     "quick_start": (quick_start_data, draw_quick_start),
     "sweep": (sweep_data, draw_sweep),
@@ -421,7 +464,7 @@ def svg(name: str, draw: Callable[[Data], Figure], data: Data) -> str:
         matplotlib.rcdefaults()
         matplotlib.rc("axes.spines", right=False, top=False)
         matplotlib.rc("figure", dpi=72)
-        matplotlib.rc("font", size=10)
+        matplotlib.rc("font", size=12.5)  # a figure is about as wide as a phone
         matplotlib.rc("svg", fonttype="none")
         draw(data).savefig(file, format="svg", transparent=True)
     return tidy(file.getvalue(), name)

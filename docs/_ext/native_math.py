@@ -77,7 +77,7 @@ def pieces(source: str) -> list[str]:
     hidden = ENVIRONMENT.sub(hide, source)
     if re.search(r"\\\\|&", hidden):
         return [source]
-    parts = re.split(r"\\qquad", hidden)
+    parts = re.split(r"\\qquad|(?<=,) *\\quad\b", hidden)
     return [re.sub("\0(\\d+)\0", lambda match: environments[int(match[1])], it) for it in parts]
 
 
