@@ -1,9 +1,4 @@
-r"""Averages of what is trained, with quantized weights.
-
-The average of binary weights is not binary. So the dual variables are averaged, in the unit of the
-weights, :math:`c\,u`, the scales :math:`c\,W` and the float parameters with them, and the average
-is quantized: :math:`Q(\overline{c\,u})`, not the mean of :math:`Q(u_t)`.
-"""
+"""Averages of what is trained, with quantized weights."""
 
 import weakref
 from typing import Any
@@ -17,18 +12,19 @@ from dfw_opt.quantizers import quantizer_of
 
 __all__ = ["LAST", "AveragedModel"]
 
-LAST = 10
-"""K of the default average."""
+LAST = 10  # K of the default average
 
 
 class AveragedModel(swa_utils.AveragedModel):
     r"""``torch.optim.swa_utils.AveragedModel`` for models with quantized weights.
 
-    By default the average over about the last tenth of all steps, at any time, which stands in for
-    a schedule: :math:`\bar v \leftarrow \bar v + \frac{K}{t + K}(v - \bar v)`, :math:`K = 10`, with
-    :math:`t` values so far. ``module`` is a copy of the model with the averages, quantized as the
-    optimizer quantizes (never relaxed): ready for use, but for the running statistics of BatchNorm,
-    which ``torch.optim.swa_utils.update_bn`` measures anew.
+    The average of binary weights is not binary. So latents are averaged, in the unit of the
+    weights, with the scales :math:`c\,W` and the float parameters, and the average is quantized:
+    :math:`Q(\overline{c\,u})`, never relaxed, not the mean of :math:`Q(u_t)`. By default it is over
+    about the last tenth of all steps, at any time, which stands in for a schedule:
+    :math:`\bar v \leftarrow \bar v + \frac{K}{t + K}(v - \bar v)`, :math:`K = 10`, with :math:`t`
+    values so far. ``module`` is a copy of the model with the averages: ready for use, but for the
+    running statistics of BatchNorm, which ``torch.optim.swa_utils.update_bn`` measures anew.
 
     Args:
         model: what ``optimizer`` trains. Call ``update_parameters(model)`` after each step.
@@ -43,7 +39,6 @@ class AveragedModel(swa_utils.AveragedModel):
         RuntimeError: in ``update_parameters``: the optimizer is no more, or this is a copy.
 
     The state dict has the averages of latents, and in float32 those of half precision parameters.
-
     Sources: Izmailov et al., UAI 2018 (arXiv 1803.05407); Shamir and Zhang, ICML 2013 (1212.1824).
     """
 
@@ -71,10 +66,9 @@ class AveragedModel(swa_utils.AveragedModel):
     @torch.no_grad()
     def _take(self, model: nn.Module) -> None:
         if (optimizer := self._optimizer()) is None:
-            raise RuntimeError(
-                "the optimizer whose latents are averaged is no more, or this is a copy: make a "
-                "new AveragedModel(model, optimizer), and load the state dict of this one"
-            )
+            why = "the optimizer whose latents are averaged is no more, or this is a copy"
+            new = "make a new AveragedModel(model, optimizer), and load the state dict of this one"
+            raise RuntimeError(f"{why}: {new}")
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         names = [name.replace(".", "/") for name, _ in self.module.named_parameters()]
         params = [*zip(names, self.module.parameters(), model.parameters(), strict=False)]

@@ -10,63 +10,26 @@ from dfw_opt.sharding import Ranks
 
 __all__ = ["DFW", "ProjectedDFW", "TernaryDFW"]
 
-LR = 0.07
-"""The default of all three, in both norms."""
-
-_ARGS = r"""
-    Args:
-        params: parameters, or groups of them that override the settings below, such as those of
-            :func:`~dfw_opt.param_groups`.
-        lr: :math:`\eta \ge 0`; a float or a 1-element tensor. In the spectral norm the *relative*
-            length of the longest step: at 1, a step may change every matrix by its own size. In
-            the Euclidean norm the paper's proximal coefficient, the largest learning rate.
-        momentum: :math:`\mu \in [0, 1)`. In the spectral norm that of the plane, one for all.
-        weight_decay: :math:`\lambda \ge 0`; on a latent it acts on :math:`u`, on scales not at all.
-            Not written into ``.grad``, and not part of the loss that is passed to ``step``.
-        eps: :math:`\varepsilon \ge 0`, one for all groups.
-        norm: ``"spectral"`` or ``"euclidean"``, one for all groups.
-"""
-_BOX = r"""        radius: :math:`R > 0` of the box :math:`[-R, R]^p`, or ``None``. Together,
-            ``quantizer=None, radius=None`` make a group plain :class:`DFW`, as norms need.
-        step_size: in the Euclidean norm: ``"exact"`` solves for :math:`\gamma` over the box;
-            ``"closed_form"`` takes that of :class:`DFW`, as if there were none, and projects.
-        relaxation: :math:`\theta \in [0, 1]`, for a start with float weights, see
-            :mod:`dfw_opt.quantizers.relaxed`; to be lowered over training by ``relax()``.
-"""
-_REST = r"""        process_group: over which ranks the loss is averaged, for one :math:`\gamma`:
-            ``"world"``, all, where ``torch.distributed`` is initialised when a step is made; a
-            ``ProcessGroup``; or ``None``, no others.
-
-    Raises:
-        TypeError: a parameter is not real floating point, or flattened by FSDP1; or
-            ``process_group`` is none.
-        ValueError: a setting is out of range or of no use; or a parameter to be quantized has
-            fewer than two dimensions, or holds NaN or infinity.
-"""
+LR = 0.07  # of all three, in both norms
 
 
 class DFW(FrankWolfe):
-    __doc__ = (
-        r"""Deep Frank-Wolfe for float networks: a step whose size follows from the loss.
+    r"""Deep Frank-Wolfe for float networks: a step whose size follows from the loss.
 
     With :math:`\ell` and :math:`\delta` the loss of the batch and its gradient at :math:`v`:
 
     .. math::
 
         \begin{aligned}
-        &\rule{110mm}{0.4pt}\\
         &m \leftarrow \mu m + (1 - \mu)\,\delta, \qquad
             h \leftarrow \mu h_\text{left} + (1 - \mu)\,\ell\\
         &D = \rho\,\sqrt{\max(\text{rows}, \text{columns})}\;UV^\top,
             \qquad U\Sigma V^\top = \mu m + (1 - \mu)\,\delta\\
-        &\gamma = \operatorname{clip}_{[0,1]}
-            \frac{h - \sum\eta\langle m, \lambda v\rangle}
-                 {\sum\eta\langle m, D\rangle + \varepsilon}
-            \qquad\text{one for all parameters}\\
+        &\gamma = \operatorname{clip}_{[0,1]} \frac{h - \sum\eta\langle m, \lambda v\rangle}
+            {\sum\eta\langle m, D\rangle + \varepsilon} \qquad\text{one for all parameters}\\
         &h_\text{left} = \max\bigl(0,\ h - \textstyle\sum\eta\langle m, \lambda v\rangle
             - \gamma\sum\eta\langle m, D\rangle\bigr)\\
-        &v \leftarrow v - \eta\,(\lambda v + \gamma D)\\
-        &\rule{110mm}{0.4pt}
+        &v \leftarrow v - \eta\,(\lambda v + \gamma D)
         \end{aligned}
 
     and :math:`D = \rho\,g/\operatorname{rms}(g)` for vectors. The size :math:`\rho` of a matrix is
@@ -79,11 +42,24 @@ class DFW(FrankWolfe):
             {\sum\eta\|\delta\|^2 + \varepsilon}, \quad
         z \leftarrow \mu z - \eta\gamma\,(\delta + \lambda v), \quad
             v \leftarrow v - \eta\,(\lambda v + \gamma\delta) + \mu z .
-    """
-        + _ARGS
-        + _REST
-        + r"""
-    >>> import torch
+
+    Args:
+        params: parameters, or groups with their own settings, see :func:`~dfw_opt.param_groups`.
+        lr: :math:`\eta \ge 0`; a float or a 1-element tensor. In the spectral norm the *relative*
+            length of the longest step: at 1, a step may change every matrix by its own size. In
+            the Euclidean norm the paper's proximal coefficient, the largest learning rate.
+        momentum: :math:`\mu \in [0, 1)`. In the spectral norm that of the plane, one for all.
+        weight_decay: :math:`\lambda \ge 0`; on a latent it acts on :math:`u`, on scales not at all.
+            Not written into ``.grad``, and not part of the loss that is passed to ``step``.
+        eps: :math:`\varepsilon \ge 0`, one for all groups.
+        norm: ``"spectral"`` or ``"euclidean"``, one for all groups.
+        process_group: over which ranks the loss is averaged: ``"world"``, all, if there are others
+            when a step is made; a ``ProcessGroup``; or ``None``, no others.
+
+    Raises:
+        TypeError: a parameter is not real floating point, or flattened by FSDP1; or no such group.
+        ValueError: a setting is out of range or of no use.
+
     >>> model = torch.nn.Linear(4, 3)
     >>> optimizer = DFW(model.parameters())
     >>> loss = torch.nn.functional.cross_entropy(model(torch.ones(2, 4)), torch.tensor([0, 2]))
@@ -92,11 +68,9 @@ class DFW(FrankWolfe):
     >>> 0 <= optimizer.gamma <= 1
     tensor(True)
 
-    Source: Berrada, Zisserman, Pawan Kumar, *Deep Frank-Wolfe for Neural Network Optimization*,
-    ICLR 2019 (arXiv 1811.07591), Algorithm 1; :mod:`dfw_opt.optimizer` and :mod:`dfw_opt.norms`
-    have those of the spectral norm.
+    Source: Berrada, Zisserman, Pawan Kumar, ICLR 2019 (arXiv 1811.07591), Algorithm 1; for the
+    spectral norm see :mod:`dfw_opt.optimizer` and :mod:`dfw_opt.norms`.
     """
-    )
 
     def __init__(
         self,
@@ -113,39 +87,37 @@ class DFW(FrankWolfe):
 
 
 class ProjectedDFW(FrankWolfe):
-    __doc__ = (
-        r"""Deep Frank-Wolfe over a box, for binary weights and weights of a few bits.
+    r"""Deep Frank-Wolfe over a box, for binary weights and weights of a few bits.
 
     The box :math:`[-R, R]^p` is the relaxation of weights in :math:`\{-1, 1\}`. Each quantized
     parameter holds :math:`Q(u)`, for binary weights :math:`c\,a\,\operatorname{sign}(u)`, from
     construction on and after every step; its normalised latent :math:`u` is
     ``optimizer.state[p]["latent"]``, in float32. A step is that of :class:`DFW`, with gradients
     pulled back to the latents (:mod:`dfw_opt.quantizers`) and projected onto the box. In the
-    Euclidean norm the box takes part in :math:`\gamma` (:mod:`dfw_opt.step_size`).
-    """
-        + _ARGS
-        + r"""        quantizer: ``"binary"``; ``"uniform"`` for weights of ``bits`` bits, see
-            :mod:`dfw_opt.quantizers.uniform`; or ``None`` to keep the parameter itself in the box,
-            for models that quantize in their own layers.
-        bits: of a ``"uniform"`` weight, 2 to 8 (``None``: 4): :math:`2^\text{bits} - 1` levels.
-"""
-        + _BOX
-        + _REST
-        + r"""
-    A frozen parameter is left as it is until it is unfrozen and has a gradient.
+    Euclidean norm the box takes part in :math:`\gamma` (:mod:`dfw_opt.step_size`). A frozen
+    parameter is left alone until it has a gradient. Other arguments and errors: see :class:`DFW`.
 
-    >>> import torch
+    Args:
+        quantizer: ``"binary"``; ``"uniform"``, of ``bits`` bits; or ``None``: the parameter itself
+            is kept in the box, for models that quantize in their own layers.
+        bits: of a ``"uniform"`` weight, 2 to 8 (``None``: 4): :math:`2^\text{bits} - 1` levels.
+        radius: :math:`R > 0` of the box, or ``None``. Together, ``quantizer=None, radius=None``
+            make a group plain :class:`DFW`, as norms need.
+        step_size: in the Euclidean norm: ``"exact"`` solves for :math:`\gamma` over the box;
+            ``"closed_form"`` takes that of :class:`DFW`, as if there were none, and projects.
+        relaxation: :math:`\theta \in [0, 1]`, above 0 to start with float weights: ``relax()``.
+
+    Raises:
+        ValueError: a parameter to be quantized has fewer than two dimensions, NaN or infinity.
+
     >>> model = torch.nn.Linear(4, 3)
-    >>> optimizer = ProjectedDFW(
-    ...     [{"params": model.weight}, {"params": model.bias, "quantizer": None, "radius": None}]
-    ... )
+    >>> optimizer = ProjectedDFW(param_groups(model, skip=[]))
     >>> model.weight.abs().unique(dim=1).shape  # one magnitude per output channel
     torch.Size([3, 1])
 
     Source: the poster *Binary Neural Networks* (Paren, Jaeckle, Berrada, Zisserman, Pawan Kumar);
     the quantizer from Rastegari et al., *XNOR-Net*, ECCV 2016 (arXiv 1603.05279).
     """
-    )
 
     def __init__(
         self,
@@ -163,42 +135,32 @@ class ProjectedDFW(FrankWolfe):
         relaxation: float = 0.0,
         process_group: Ranks = "world",
     ) -> None:
-        super().__init__(params, _settings(locals()), process_group)
+        super().__init__(params, _settings(locals(), scale_axis=0, scale_groups=1), process_group)
 
 
 class TernaryDFW(FrankWolfe):
-    __doc__ = (
-        r"""Deep Frank-Wolfe for Trained Ternary Quantization: latents and scales in one step.
+    r"""Deep Frank-Wolfe for Trained Ternary Quantization: latents and scales in one step.
 
-    Each quantized parameter holds :math:`Q(u) \in \{-c\,W_n,\ 0,\ c\,W_p\}`, from construction on
-    and after every step. Its state has the normalised latent :math:`u` (``"latent"``, float32) and
-    the scales :math:`W_p` (``"scale_pos"``) and :math:`W_n` (``"scale_neg"``), all trained by the
-    step of :class:`ProjectedDFW` with one :math:`\gamma`. Scales are at least 0.001 and need no
-    learning rate of their own: in the spectral norm they move by a tenth of their first value at
-    most, in the Euclidean norm, in the metric of the weights, by the mean gradient of their zone
-    (:mod:`dfw_opt.quantizers.ternary`).
-    """
-        + _ARGS
-        + r"""        quantizer: ``"ternary"``, ``"binary"``, ``None``, as in :class:`ProjectedDFW`.
+    Each quantized parameter holds :math:`Q(u) \in \{-c\,W_n,\ 0,\ c\,W_p\}`. Its state has the
+    latent :math:`u`, as in :class:`ProjectedDFW`, and the scales :math:`W_p` (``"scale_pos"``) and
+    :math:`W_n` (``"scale_neg"``), all trained by the step of that class with one :math:`\gamma`.
+    Scales are at least 0.001 and need no learning rate of their own: in the spectral norm they move
+    by a tenth of their first value at most, in the Euclidean norm, in the metric of the weights, by
+    the mean gradient of their zone (:mod:`dfw_opt.quantizers.ternary`). Other arguments (without
+    ``bits``) and errors: see :class:`ProjectedDFW`.
+
+    Args:
+        quantizer: ``"ternary"``, ``"binary"`` or ``None``, as there.
         threshold: :math:`t \in [0, 1)`; weights with :math:`|u| \le t \max|u|` are 0.
-"""
-        + _BOX
-        + _REST
-        + r"""
-    A frozen parameter is left as it is until it is unfrozen and has a gradient.
 
-    >>> import torch
     >>> model = torch.nn.Linear(4, 3)
-    >>> optimizer = TernaryDFW(
-    ...     [{"params": model.weight}, {"params": model.bias, "quantizer": None, "radius": None}]
-    ... )
+    >>> optimizer = TernaryDFW(param_groups(model, skip=[]))
     >>> model.weight.unique().numel() <= 3
     True
 
     Source: Zhu et al., *Trained Ternary Quantization*, ICLR 2017 (arXiv 1612.01064), trained as
     in the poster *Binary Neural Networks* (Paren, Jaeckle, Berrada, Zisserman, Pawan Kumar).
     """
-    )
 
     def __init__(
         self,
@@ -216,12 +178,11 @@ class TernaryDFW(FrankWolfe):
         relaxation: float = 0.0,
         process_group: Ranks = "world",
     ) -> None:
-        super().__init__(params, _settings(locals()), process_group)
+        super().__init__(params, _settings(locals(), scale_axis=0, scale_groups=1), process_group)
 
 
-def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
+def _settings(arguments: dict[str, Any], **channels: int) -> dict[str, Any]:
     """Those arguments of a constructor that groups have, and how their tensors are to be read."""
     others = ("self", "params", "process_group", "__class__")
     own = {name: value for name, value in arguments.items() if name not in others}
-    channels = {"scale_axis": 0, "scale_groups": 1} if "quantizer" in own else {}
     return own | {"layout": "matrix"} | channels

@@ -12,17 +12,14 @@ class MultiClassHingeLoss(nn.Module):
     With scores :math:`s`, the label :math:`\bar y` and the augmented margins
     :math:`a_y = s_y + \mathbb 1[y \ne \bar y] - s_{\bar y}`,
 
-    .. math::
-
-        \ell = \operatorname{mean}_{\text{batch}} \sum_y \xi_y\,a_y ,
+    .. math:: \ell = \operatorname{mean}_{\text{batch}} \sum_y \xi_y\,a_y ,
 
     where :math:`\xi` is one-hot at the largest margin, so that the sum is
     :math:`\max_y a_y \ge 0`. No gradient flows through :math:`\xi`.
 
     Args:
         smooth: dual smoothing: :math:`\xi = \operatorname{softmax}(s)` instead, which gives every
-            class a gradient; samples for which the sum would be negative keep the one-hot
-            :math:`\xi`.
+            class a gradient, but for samples for which the sum would be negative.
 
     Shape:
         - scores: :math:`(N, C)` with :math:`C \ge 2`, floating point; computed in float32 or wider.
@@ -45,9 +42,12 @@ class MultiClassHingeLoss(nn.Module):
         self.smooth = smooth
 
     def forward(self, scores: Tensor, targets: Tensor) -> Tensor:
-        _check(scores, targets)
-        s = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        labels = targets[:, None]
+        good = scores.dim() == 2 and scores.shape[1] > 1 and scores.is_floating_point()
+        if not good or targets.dtype != torch.int64 or targets.shape != scores.shape[:1]:
+            found = [(tuple(x.shape), x.dtype) for x in (scores, targets)]
+            wanted = "scores (N, C) with C >= 2, floating point, and targets (N,), int64"
+            raise ValueError(f"{wanted}: not of shapes and dtypes {found}")
+        s, labels = scores.to(torch.promote_types(scores.dtype, torch.float32)), targets[:, None]
         # The label's own margin is 0 by definition, whatever rounding makes of s - s + 0.
         a = (s - s.gather(1, labels) + 1).scatter(1, labels, 0.0)
         hardest = a.max(dim=1).values
@@ -58,16 +58,3 @@ class MultiClassHingeLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"smooth={self.smooth}"
-
-
-def _check(scores: Tensor, targets: Tensor) -> None:
-    if scores.dim() != 2 or scores.shape[1] < 2 or not scores.is_floating_point():
-        raise ValueError(
-            "scores must be floating point of shape (N, C) with C >= 2, but have shape "
-            f"{tuple(scores.shape)} and dtype {scores.dtype}"
-        )
-    if targets.dtype != torch.int64 or targets.shape != scores.shape[:1]:
-        raise ValueError(
-            f"targets must be int64 class indices of shape ({scores.shape[0]},), but have shape "
-            f"{tuple(targets.shape)} and dtype {targets.dtype}"
-        )

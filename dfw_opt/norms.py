@@ -1,14 +1,11 @@
 r"""The norm in which a step is measured: it says which direction is steepest, and how long it is.
 
-A step minimises a plane with gradient :math:`m` over a ball. Its oracle, in the sense of Frank and
-Wolfe, is the direction that takes most from the plane,
-
-.. math:: D = \arg\max_{\|D\| \le 1} \langle m, D\rangle .
-
-In the spectral norm of a matrix that is the orthogonal factor of :math:`m`: all singular values are
-made 1, so that every direction of the layer's input moves alike. Directions here have a root mean
-square of 1 (at full rank); the optimizer multiplies them by the size of the variable, which makes
-``lr`` the *relative* length of the longest step.
+A step minimises a plane with gradient :math:`m` over a ball. The direction that takes most from it
+is :math:`D = \arg\max_{\|D\| \le 1} \langle m, D\rangle`, the oracle of Frank and Wolfe. In the
+spectral norm of a matrix that is the orthogonal factor of :math:`m`: all singular values are made
+1, so that every direction of the layer's input moves alike. Directions here have a root mean square
+of 1 (at full rank); the optimizer multiplies them by the size of the variable, which makes ``lr``
+the *relative* length of the longest step.
 
 Sources: Bernstein and Newhouse, *Old Optimizer, New Norm*, 2024 (arXiv 2409.20325); Pethick et al.,
 *Training Deep Learning Models with Norm-Constrained LMOs*, 2025 (arXiv 2502.07529).
@@ -35,8 +32,6 @@ in [0.003, 1], in units of the Frobenius norm, as near to 1 as four can: to betw
 and lesser ones to less. Each is the minimax polynomial of the interval that the ones before leave
 (Amsel, Persson, Musco, Gower, *The Polar Express*, 2025, arXiv 2505.16932, Theorem 3.1)."""
 
-_TINY = 1e-30
-
 
 def spectral(
     gradient: Tensor,
@@ -59,15 +54,14 @@ def spectral(
             mean would go on pushing it in a direction that nothing has asked for.
         products: as for :func:`polar`.
     """
-    if layout == "rows" and gradient.dim() > 2:
-        direction = _normalised(gradient, dims=tuple(range(2, gradient.dim())))
-        if present is not None:
-            direction = direction * present.flatten(2).ne(0).any(2).view(
-                direction.shape[:2] + (1,) * (direction.dim() - 2)
-            )
-        return direction
     if gradient.dim() <= 2:
         return _normalised(gradient, dims=tuple(range(1, gradient.dim())))
+    if layout == "rows":
+        dims = tuple(range(2, gradient.dim()))
+        direction = _normalised(gradient, dims)
+        if present is not None:
+            direction = direction * (present.abs().amax(dims, keepdim=True) > 0)
+        return direction
     matrix = gradient.flatten(0, -3) if layout == "stack" else gradient.flatten(2)
     return (math.sqrt(max(matrix.shape[1:])) * polar(matrix, products)).view_as(gradient)
 
@@ -120,5 +114,5 @@ def _normalised(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Root mean square 1; in two divisions, since squares of float32 overflow early."""
     if not dims:
         return x.sign()
-    x = x / x.abs().mean(dims, keepdim=True).clamp(min=_TINY)
-    return x / x.square().mean(dims, keepdim=True).sqrt().clamp(min=_TINY)
+    x = x / x.abs().mean(dims, keepdim=True).clamp(min=1e-30)
+    return x / x.square().mean(dims, keepdim=True).sqrt().clamp(min=1e-30)

@@ -12,6 +12,8 @@ _log = logging.getLogger(__name__)
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_FLOAT: dict[str, Any] = {"name": "float", "quantizer": None, "radius": None, "layout": "matrix"}
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -23,101 +25,80 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
     first and the last in the order of registration, which networks need in float. Transposed
     convolutions, whose output channels lie along the second dimension, have groups of their own.
     All else is in groups with ``quantizer=None, radius=None``, plain :class:`~dfw_opt.DFW`:
-    ``"float"``; ``"embedding"``, whose tables are stepped row by row; ``"stack"``, for parameters
-    of three or more dimensions that no convolution has, such as the matrices of experts, each of
-    which is a matrix of its own. A weight that another kind of module shares (a tied embedding) is
-    not quantized. Frozen weights are sorted like all others.
-
-    Groups carry ``param_names``. The logger ``dfw_opt.param_groups`` tells at level INFO which
-    parameters are quantized and which are not, and warns of matrices that cannot be: attention's
-    ``in_proj_weight``, recurrent weights, stacked experts, and weights that are computed (pruned,
-    parametrized).
+    ``"float"``; ``"embedding"``, tables that are stepped row by row; ``"stack"``, parameters of
+    three or more dimensions that no convolution has, such as experts, each a matrix of its own.
+    A weight that another kind of module shares (a tied embedding) is float; frozen ones are sorted
+    like all others. The logger ``dfw_opt.param_groups`` lists the groups at level INFO, and warns
+    of matrices that cannot be quantized: attention's ``in_proj_weight``, recurrent weights, stacked
+    experts, and weights that are computed (pruned, parametrized).
 
     Args:
         model: the model, its parameters in place.
-        skip: what to leave in float instead of the first and last layer: a name or names as in
-            ``model.named_modules()``, where the name of a container stands for all layers in it; or
-            a predicate that is given name and module. ``[]`` leaves out none.
+        skip: what to leave in float instead of the first and last layer: names as in
+            ``model.named_modules()``, a container's for all layers in it, or one of them; or a
+            predicate that is given name and module. ``[]`` leaves out none.
 
     Returns:
-        Groups for any of the three optimizers. :class:`~dfw_opt.DFW` quantizes none of them; the
-        other two refuse groups that leave them nothing to quantize.
+        Groups, with ``param_names``, for any of the three optimizers. :class:`~dfw_opt.DFW`
+        quantizes none; the other two refuse groups that leave them nothing to quantize.
 
     Raises:
         TypeError: ``model`` is no module, or ``skip`` is a module or a class.
         ValueError: a name in ``skip`` matches no such layer.
 
-    >>> from torch import Tensor, nn
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     >>> [(group["name"], group["param_names"]) for group in param_groups(model)]
     [('quantized', ['1.weight']), ('float', ['0.weight', '0.bias', '1.bias', '2.weight', '2.bias'])]
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model={type(model).__name__} must be a torch.nn.Module; pass the model itself, as in "
-            "param_groups(model), rather than its parameters"
-        )
-    layers: dict[str, nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS) and "weight" in module._parameters
-    }
-    skipped = _skipped(layers, skip)
+        kind = type(model).__name__
+        raise TypeError(f"model={kind} must be a torch.nn.Module, as in param_groups(model)")
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, _LAYERS)]
+    layers = {name: modules[name] for name in linear if "weight" in modules[name]._parameters}
+    quantized = layers.keys() - _skipped(layers, skip)
     # Of each parameter, what every module that holds it makes of it: these must agree.
-    uses: dict[int, set[tuple[str, Any]]] = {}
-    for name, module in model.named_modules():
-        for key, p in module._parameters.items():
-            if p is not None:
-                quantizable = name in layers and name not in skipped and key == "weight"
-                uses.setdefault(id(p), set()).add(_use(module, p, quantizable))
-    groups: dict[tuple[str, Any], dict[str, Any]] = {("quantized", None): _group("quantized")}
+    uses: dict[Tensor, set[tuple[tuple[str, Any], ...]]] = {}
+    for name, module in modules.items():
+        if name in linear and name not in layers:
+            _log.warning("%s stays float: its weight is computed, not a parameter", name)
+        for key, p in [(k, p) for k, p in module._parameters.items() if p is not None]:
+            use = _use(module, p, name in quantized and key == "weight")
+            uses.setdefault(p, set()).add(tuple(use.items()))
+            matrix = p.dim() > 1 and min(p.shape[-2:]) > 1
+            if matrix and not isinstance(module, (*_LAYERS, *_TABLES)):
+                full = f"{name}.{key}".lstrip(".")
+                _log.warning("%s stays float: it is no Conv or Linear layer's", full)
+    first = {"name": "quantized", "params": [], "param_names": []}
+    groups: dict[Any, dict[str, Any]] = {(("name", "quantized"),): first}
     for name, p in model.named_parameters():
-        use = uses[id(p)].pop() if len(uses[id(p)]) == 1 else ("float", None)
-        group = groups.setdefault(use, _group(*use))
+        kinds = uses[p]
+        use = _FLOAT if len(kinds) > 1 else dict(*kinds)
+        group = groups.setdefault(tuple(use.items()), {**use, "params": [], "param_names": []})
         group["params"].append(p)
         group["param_names"].append(name)
     for group in groups.values():
         _log.info("%s: %s", group["name"], ", ".join(group["param_names"]) or "none")
-    _warn_of_matrices(model)
     return list(groups.values())
 
 
-def _use(module: nn.Module, p: Tensor, quantizable: bool) -> tuple[str, Any]:
-    """The name of the group that a parameter belongs to, and what tells it from others alike."""
+def _use(module: nn.Module, p: Tensor, quantizable: bool) -> dict[str, Any]:
+    """The settings of the group that a parameter belongs to."""
+    if quantizable and isinstance(module, _TRANSPOSED):
+        return {"name": "quantized transposed", "scale_axis": 1, "scale_groups": module.groups}
     if quantizable:
-        transposed = isinstance(module, _TRANSPOSED)
-        return ("quantized transposed", module.groups) if transposed else ("quantized", None)
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding", None
-    stacked = p.dim() > 2 and min(p.shape[-2:]) > 1 and not isinstance(module, _LAYERS)
-    return ("stack" if stacked else "float"), None
-
-
-def _group(name: str, channels: Any = None) -> dict[str, Any]:
-    group: dict[str, Any] = {"name": name, "params": [], "param_names": []}
-    if name == "quantized transposed":
-        return group | {"scale_axis": 1, "scale_groups": channels}
-    if name == "quantized":
-        return group
-    layout = {"embedding": "rows", "stack": "stack"}.get(name, "matrix")
-    return group | {"quantizer": None, "radius": None, "layout": layout}
-
-
-def _warn_of_matrices(model: nn.Module) -> None:
-    """Of what a user may expect to be quantized, and is not."""
-    for name, module in model.named_modules():
-        if isinstance(module, _LAYERS) and "weight" not in module._parameters:
-            _log.warning("%s stays float: its weight is computed, not a parameter", name)
-        for key, p in module._parameters.items():
-            matrix = p is not None and p.dim() > 1 and min(p.shape[-2:]) > 1
-            if matrix and not isinstance(module, (*_LAYERS, nn.Embedding, nn.EmbeddingBag)):
-                full = f"{name}.{key}" if name else key
-                _log.warning("%s stays float: it is no Conv or Linear layer's", full)
+        return {"name": "quantized"}
+    if isinstance(module, _TABLES):
+        return _FLOAT | {"name": "embedding", "layout": "rows"}
+    if p.dim() > 2 and min(p.shape[-2:]) > 1 and not isinstance(module, _LAYERS):
+        return _FLOAT | {"name": "stack", "layout": "stack"}
+    return _FLOAT
 
 
 def _skipped(layers: dict[str, nn.Module], skip: Skip | None) -> set[str]:
+    names = list(layers)
     if skip is None:
-        names = list(layers)
         return {*names[:1], *names[-1:]}
     if isinstance(skip, type | nn.Module):
         raise TypeError(
@@ -134,8 +115,7 @@ def _skipped(layers: dict[str, nn.Module], skip: Skip | None) -> set[str]:
         matches = {name for name in layers if name == prefix or name.startswith(f"{prefix}.")}
         if not matches:
             raise ValueError(
-                f"skip: {wanted!r} matches no Conv or Linear layer of the model; it has "
-                f"{list(layers)}"
+                f"skip: {wanted!r} matches no Conv or Linear layer of the model; it has {names}"
             )
         skipped |= matches
     return skipped

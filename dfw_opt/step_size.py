@@ -1,9 +1,8 @@
 r"""The step size: the share :math:`\gamma` of the full step at which the plane reaches zero.
 
 A loss is not negative, so the plane that stands for it is cut off at zero, and a step goes no
-farther than to there. Within a ball that is a small convex problem for all variables at once; its
-dual has one variable, :math:`\gamma \in [0, 1]`, and a slope that says how much of the plane is
-left:
+farther. Within a ball that is a small convex problem for all variables at once, whose dual has one
+variable, :math:`\gamma \in [0, 1]`, and a slope that says how much of the plane is left:
 
 .. math::
 
@@ -13,11 +12,11 @@ left:
 :math:`h` is the plane's height at :math:`v`, :math:`m` its gradient, :math:`D` the steepest
 direction. Without constraints the slope is a straight line, and its root has a closed form. In a
 box it is convex and piecewise linear, as every :math:`v` is in the box: Newton's method from the
-closed form climbs to the root and never passes it. Clipping the closed form into the box afterwards
-is *not* the same, for it ignores that blocked weights stop contributing.
+closed form climbs to the root and never passes it. To project the step of the closed form is *not*
+the same, for it ignores that blocked weights stop contributing.
 
-Source: Berrada, Zisserman, Pawan Kumar, *Deep Frank-Wolfe for Neural Network Optimization*, ICLR
-2019 (arXiv 1811.07591), Section 3 and Algorithm 1; the search in the box is ours.
+Source: Berrada, Zisserman, Pawan Kumar, ICLR 2019 (arXiv 1811.07591), Section 3 and Algorithm 1;
+the search in the box is ours.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,13 +34,7 @@ lr 1000 eight leave at most 1e-4 of the plane's height."""
 
 
 def closed_form(height: Tensor, decay: Tensor, full: Tensor, eps: float) -> Tensor:
-    r"""The maximiser of the dual without a box,
-
-    .. math::
-
-        \gamma = \operatorname{clip}_{[0,1]}
-            \frac{h - \sum\eta\langle m, \lambda v\rangle}
-                 {\sum\eta\langle m, D\rangle + \varepsilon}.
+    r"""The root of :math:`\varphi'` without a box, or the end of :math:`[0, 1]` nearest to it.
 
     Args:
         height: :math:`h`, 0-dim.
@@ -50,7 +43,7 @@ def closed_form(height: Tensor, decay: Tensor, full: Tensor, eps: float) -> Tens
         eps: :math:`\varepsilon \ge 0`.
 
     Returns:
-        :math:`\gamma`, 0-dim; 1 where numerator and denominator are both 0.
+        :math:`\gamma`, 0-dim: ``(height - decay) / (full + eps)`` in [0, 1], and 1 for 0/0.
     """
     return ((height - decay) / (full + eps)).nan_to_num(nan=1.0).clamp(0, 1)
 

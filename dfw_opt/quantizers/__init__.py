@@ -1,19 +1,14 @@
 r"""Quantizers: how a latent becomes a weight, and a weight's gradient the latent's.
 
-Training quantized weights by their latents is mirror descent: the latent :math:`u` is the *dual
-variable*, which gradients move; the quantizer is the *mirror map* :math:`Q`, which takes it to the
-weights that the network is evaluated at. A quantizer is three things: the state that it keeps for a
-parameter, the map :math:`Q`, and the pull-back of the gradient at :math:`Q(u)`, straight through
-the rounding, to the gradient :math:`\delta` of each variable that is trained.
+Training quantized weights by their latents is mirror descent: gradients move the *dual variable*,
+the latent :math:`u`; the *mirror map* :math:`Q`, the quantizer, takes it to the weights that the
+network is evaluated at. The pull-back takes the gradient at :math:`Q(u)`, straight through the
+rounding, to the gradient :math:`\delta` of each variable that is trained.
 
 **The metric.** A unit step of a latent changes its weight by about the size of a level, one of a
 shared scale changes thousands of weights at once. In the Euclidean norm a step is measured by the
 change that it makes in the weights, :math:`\|\cdot\|_M^2 = M\|\cdot\|^2`, so that one learning rate
-serves them all: :math:`M`, the squared change per unit step, is 1 for a float parameter, and one
-number for all latents of a tensor.
-
-To add a quantizer, write one file with a :class:`~dfw_opt.quantizers.base.Quantizer` and enter it
-in :data:`QUANTIZERS`.
+serves them all; :math:`M`, the squared change per unit step, is 1 for a float parameter.
 """
 
 from collections.abc import Mapping
@@ -32,7 +27,8 @@ QUANTIZERS: dict[str, tuple[type[Quantizer], tuple[str, ...]]] = {
     "ternary": (Ternary, ("threshold",)),
     "uniform": (Uniform, ("bits",)),
 }
-"""Every quantizer by its name, the ``quantizer`` key of a group, with the group keys of its own."""
+"""Every quantizer by its name, the ``quantizer`` key of a group, with the group keys of its own. A
+new one is a file with a :class:`~dfw_opt.quantizers.base.Quantizer`, and a line here."""
 
 
 def quantizer_of(group: Mapping[str, Any]) -> Quantizer | None:
@@ -40,11 +36,7 @@ def quantizer_of(group: Mapping[str, Any]) -> Quantizer | None:
     if group.get("quantizer") is None:
         return None
     kind, keys = QUANTIZERS[group["quantizer"]]
-    axis = group["scale_axis"]
-    quantizer = kind(
-        axis=(axis,) if isinstance(axis, int) else axis,
-        groups=group["scale_groups"],
-        **{key: group[key] for key in keys},
-    )
-    theta = group["relaxation"]
+    axis, theta, own = group["scale_axis"], group["relaxation"], {key: group[key] for key in keys}
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    quantizer = kind(axis=axes, groups=group["scale_groups"], **own)
     return Relaxed(quantizer, theta) if theta else quantizer

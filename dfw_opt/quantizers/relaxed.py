@@ -1,13 +1,10 @@
 r"""Relaxed weights: on the way from float weights to quantized ones.
 
-With the relaxation :math:`\theta \in [0, 1]` of its group, a quantized parameter holds
+With the relaxation :math:`\theta` of its group, from 1 for float weights to 0, a parameter holds
 
-.. math:: Q_\theta(u) = (1 - \theta)\,Q(u) + \theta\,c\,u ,
+.. math:: Q_\theta(u) = (1 - \theta)\,Q(u) + \theta\,c\,u .
 
-at :math:`\theta = 1` its float weights, at :math:`\theta = 0` the quantized ones. The network
-learns as a float one at first, and gets used to its levels while :math:`\theta` falls; latents and
-their momentum stay.
-
+The network gets used to its levels while :math:`\theta` falls; latents and their momentum stay.
 **The pull-back** of the gradient :math:`g` at :math:`Q_\theta(u)` mixes in the same way that of the
 quantizer, :math:`\delta`, and that of :math:`c\,u`; so do their lengths, the roots of the metric:
 
@@ -16,38 +13,31 @@ quantizer, :math:`\delta`, and that of :math:`c\,u`; so do their lengths, the ro
     \delta_\theta = (1 - \theta)\,\delta + \theta\,c\,g, \qquad
     \sqrt{M_\theta} = (1 - \theta)\sqrt M + \theta\,c .
 
-By the triangle inequality a unit step of a latent still moves its own weight, straight through the
+By the triangle inequality a unit step of a latent moves its own weight, straight through the
 levels, by no more than :math:`\sqrt{M_\theta}` (the root of the mean square over the tensor). A
 scale keeps its metric and has :math:`(1 - \theta)` times the gradient.
 
-Source: Yin, Zhang, Lyu, Osher, Qi, Xin, *BinaryRelax*, SIAM J. Imaging Sciences 11(4), 2018 (arXiv
-1801.06313), with :math:`\lambda = (1 - \theta)/\theta`, whose growth there is geometric; the metric
-is ours.
+Source: Yin et al., *BinaryRelax*, SIAM J. Imaging Sciences 11(4), 2018 (arXiv 1801.06313), with
+:math:`\lambda = (1 - \theta)/\theta`, whose growth there is geometric; the metric is ours.
 """
-
-from collections.abc import Mapping
 
 from torch import Tensor
 
-from dfw_opt.quantizers.base import Pullback, Quantizer
-
-__all__ = ["Relaxed"]
+from dfw_opt.quantizers.base import Pullback, Quantizer, State
 
 
 class Relaxed(Quantizer):
-    r"""A quantizer around a quantizer."""
-
     def __init__(self, hard: Quantizer, relaxation: float) -> None:
         super().__init__(hard.axis, hard.groups)
         self.hard, self.relaxation = hard, relaxation
         self.scales, self.leveled = hard.scales, hard.leveled
         self.starting_scales = hard.starting_scales  # type: ignore[method-assign]
 
-    def quantize(self, state: Mapping[str, Tensor]) -> Tensor:
+    def quantize(self, state: State) -> Tensor:
         theta = self.relaxation
         return (1 - theta) * self.hard.quantize(state) + theta * state["unit"] * state["latent"]
 
-    def pull_back(self, grad: Tensor, state: Mapping[str, Tensor]) -> dict[str, Pullback]:
+    def pull_back(self, grad: Tensor, state: State) -> dict[str, Pullback]:
         theta, c, pulled = self.relaxation, state["unit"], self.hard.pull_back(grad, state)
         delta, M = pulled.pop("latent")
         root = (1 - theta) * (c.square() if M is None else M).sqrt() + theta * c

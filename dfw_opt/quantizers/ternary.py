@@ -15,71 +15,56 @@ trained in the same step as the latent. With :math:`g` the gradient at :math:`Q(
     \delta_{u} &= c\,(W_p\,g,\ g,\ W_n\,g) \text{ in the three zones},
         & M &= c^2\,(n_+ W_p^2 + n_0 + n_- W_n^2) / n,
 
-with :math:`n_+, n_0, n_-` the numbers of weights in the zones, :math:`n` their sum. In the metric
-:math:`M` a scale moves by the *mean* gradient of its zone. No gradient flows through
-:math:`\Delta`.
+with :math:`n_+, n_0, n_-` the numbers of weights in the zones, :math:`n` their sum. So a scale
+moves by the *mean* gradient of its zone. No gradient flows through :math:`\Delta`.
 
 Source: Zhu et al., *Trained Ternary Quantization*, ICLR 2017 (arXiv 1612.01064), equations (6) to
 (8). Equation (7) lacks the minus of :math:`\delta_{W_n}`, without which the scale ascends.
 """
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dfw_opt.quantizers.base import SCALE_MIN, Pullback, Quantizer, State
-
-__all__ = ["Ternary"]
+from dfw_opt.quantizers.base import SCALE_MIN, Pullback, Quantizer, State, by_tensor
 
 
+@dataclass
 class Ternary(Quantizer):
-    """The mirror map of the module's first formula."""
-
+    threshold: float = 0.05
     scales = ("scale_pos", "scale_neg")
     leveled = False
 
-    def __init__(
-        self, axis: Sequence[int] = (0,), groups: int = 1, threshold: float = 0.05
-    ) -> None:
-        super().__init__(axis, groups)
-        self.threshold = threshold
-
     def starting_scales(self, latent: Tensor) -> State:
-        magnitude, means = latent.abs(), []
-        for zone in self._zones(latent):
-            count = _total(zone.to(latent)).clamp(min=1)
-            means.append((_total(magnitude * zone) / count).clamp(min=SCALE_MIN))
-        return dict(zip(self.scales, means, strict=True))
+        means = {
+            key: by_tensor(latent.abs() * zone, torch.sum) / _count(zone)
+            for key, zone in zip(self.scales, self._zones(latent), strict=True)
+        }
+        return {key: mean.clamp(min=SCALE_MIN) for key, mean in means.items()}
 
-    def quantize(self, state: Mapping[str, Tensor]) -> Tensor:
+    def quantize(self, state: State) -> Tensor:
         c, W_p, W_n = (state[key] for key in ("unit", *self.scales))
         above, below = self._zones(state["latent"])
         return torch.where(above, c * W_p, torch.where(below, -c * W_n, 0.0))
 
-    def pull_back(self, grad: Tensor, state: Mapping[str, Tensor]) -> dict[str, Pullback]:
+    def pull_back(self, grad: Tensor, state: State) -> dict[str, Pullback]:
         c, W_p, W_n = (state[key] for key in ("unit", *self.scales))
         above, below = self._zones(state["latent"])
         slope = torch.where(above, W_p, torch.where(below, W_n, 1.0))
-        n = grad[0].numel()
-        # An empty zone has gradient 0; counting one weight in it keeps M positive.
-        n_p, n_n = (_total(zone.to(grad)).clamp(min=1) for zone in (above, below))
-        return {
-            "latent": Pullback(c * slope * grad, c.square() * _total(slope.square()) / n),
-            "scale_pos": _flat(c * _total(grad * above), c.square() * n_p),
-            "scale_neg": _flat(-c * _total(grad * below), c.square() * n_n),
-        }
+        mean = by_tensor(slope.square(), torch.sum) / grad[0].numel()
+        pulled = {"latent": Pullback(c * slope * grad, c.square() * mean)}
+        for key, factor, zone in (("scale_pos", c, above), ("scale_neg", -c, below)):
+            delta = factor * by_tensor(grad * zone, torch.sum)
+            # As the scales are: a number for each tensor of the batch.
+            pulled[key] = Pullback(delta.flatten(), (c.square() * _count(zone)).flatten())
+        return pulled
 
     def _zones(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        largest = latent.abs().amax(tuple(range(1, latent.dim())), keepdim=True)
-        return latent > self.threshold * largest, latent < -self.threshold * largest
+        delta = self.threshold * by_tensor(latent.abs(), torch.amax)
+        return latent > delta, latent < -delta
 
 
-def _total(x: Tensor) -> Tensor:
-    """The sum over each tensor of a batch."""
-    return x.sum(tuple(range(1, x.dim())), keepdim=True)
-
-
-def _flat(*of_scale: Tensor) -> Pullback:
-    """As the scales are: a number for each tensor of the batch."""
-    return Pullback(*(x.flatten() for x in of_scale))
+def _count(zone: Tensor) -> Tensor:
+    """Of an empty zone 1, which keeps M positive; its sums are 0."""
+    return by_tensor(zone, torch.sum).clamp(min=1)
