@@ -3,6 +3,7 @@
 import argparse
 import io
 import math
+import multiprocessing
 import os
 import shlex
 import sys
@@ -18,7 +19,8 @@ from torch.optim import swa_utils
 from dfw_opt import DFW, AveragedModel, ProjectedDFW, TernaryDFW
 
 CHECKPOINT = "checkpoint.pt"
-LEADS = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the first
+# Of the processes that torchrun starts, the first; and none that a process of ours starts.
+LEADS = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
 FrankWolfe = DFW | ProjectedDFW | TernaryDFW
 
 N = TypeVar("N", int, float)
@@ -124,6 +126,7 @@ def resumed(kind: type[S], out: Path, given: dict[str, Any], place: Iterable[str
 
 def write(path: Path, content: bytes) -> None:
     """Write a file that is whole at any time, even if this is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content)
     part.replace(path)
@@ -156,6 +159,9 @@ def check_new(path: Path, name: str) -> None:
 
 class Run:
     """A network in training, its optimizers, the average of its weights, and the history."""
+
+    describe: Callable[[], str]  # what is about to be trained, in one line
+    advance: Callable[[], dict[str, float]]  # to the next evaluation; nothing when all is done
 
     def __init__(self, settings: Any, model: nn.Module, optimizers: list[Any]) -> None:
         self.model, self.optimizers = model, optimizers
@@ -194,14 +200,6 @@ class Run:
         """What the training is for: the average if there is one, else the network itself."""
         return self.model if self.average is None else self.average.module
 
-    def describe(self) -> str:
-        """What is about to be trained, in one line."""
-        raise NotImplementedError
-
-    def advance(self) -> dict[str, float]:
-        """Train until the next evaluation, and tell about it; nothing if the training is over."""
-        raise NotImplementedError
-
     def train(self, out: Path, resume: bool) -> None:
         """Train to the end, leaving a checkpoint and the metrics in ``out``."""
         if resume:
@@ -227,7 +225,6 @@ class Run:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        out.mkdir(parents=True, exist_ok=True)
         write(out / CHECKPOINT, buffer.getvalue())
         write_csv(out / "metrics.csv", self.history)
 

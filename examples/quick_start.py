@@ -38,8 +38,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "binary": lambda net: ProjectedDFW(param_groups(net)),
     "ternary": lambda net: TernaryDFW(param_groups(net)),
 }
-
-
 WIDEST, BINS = 0.2, 127  # of the histogram
 
 
@@ -127,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     runs = [run(name, out) for name in OPTIMIZERS]
     print(report(runs))
+    print("gamma: the share of the longest step that was taken; first and last 30 steps")
     draw(runs).savefig(out / "training.png", dpi=150)
     print(f"figure and packed files: {out}")
 

@@ -122,8 +122,7 @@ def rows(size: str, options: argparse.Namespace, device: torch.device) -> list[d
     for name, job in jobs.items():
         row = {"size": size, "optimizer": name, "ms": medians[name]}
         row |= {"min": min(times[name]), "max": max(times[name])}
-        row |= {"of SGD": medians[name] / medians["SGD"]}
-        row |= {"of AdamW": medians[name] / medians["AdamW fused"]}
+        row |= {f"of {it.split()[0]}": medians[name] / medians[it] for it in ("SGD", "AdamW fused")}
         found.append(row | {"extra MB": peak_bytes(job, device) / 1e6})
     return found
 
