@@ -65,11 +65,10 @@ def parser() -> Parser:
     add("--device", help="default: cuda if there is one, else cpu")
     add("--threads", type=count, help="on the cpu (default: torch's)")
     add("--amp", choices=("bf16", "off"), help="default: bf16 on cuda")
-    add("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
     add("--out", metavar="DIR", help="default: runs/NET-OPTIMIZER or runs/table")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--export", metavar="FILE", help="write the trained network as a packed file")
-    add("--table", action="store_true", help="train the poster's five rows under one budget")
+    add("--table", action="store_true", help="compare DFW with usual optimizers")
     return out
 
 
@@ -79,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     job = {name: given.pop(name, None) for name in JOB}
     name = f"{given.get('net', 'xnor')}-{given.get('optimizer', 'dfw')}"
     out = Path(job["out"] or f"runs/{'table' if job['table'] else name}")
+    if job["table"] and not (job["out"] or job["resume"]):  # which may be run again and again
+        names = ("table", *(f"table-{i}" for i in range(2, 1000)))
+        out = next(path for name in names if not (path := out.with_name(name)).exists())
     more = ["--table"] * bool(job["table"]) + ["--export", job["export"]] * bool(job["export"])
     return run(partial(start, given, job, out), partial(how_to_resume, out, *more))
 

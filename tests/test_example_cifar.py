@@ -1,7 +1,5 @@
 """The image example as its user runs it, on a few digits: trainings, refusals, resumed runs."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -9,14 +7,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cifar_resnet20
 import pytest
 import torch
-from common import load_checkpoint
+from common import interpreter, load_checkpoint
 from helpers import fingerprint
-from resnet20 import data
+from resnet20 import data, report, table
 from resnet20.data import Data
+from resnet20.report import Row
 from resnet20.settings import Settings
 from resnet20.training import Run, train
 
@@ -50,7 +50,6 @@ JOBS = [
     "--net=binary --relax=0.5 --schedule=step",
     "--net=ternary",
     "--net=uniform --bits=3 --radius=0.5",
-    "--net=float --optimizer=sgd",
     "--net=xnor --optimizer=adam --shortcut=bireal --average",
     "--net=ternary --optimizer=sgd --loss=svm --smooth",
     "--net=ternary --optimizer=muon",
@@ -81,17 +80,17 @@ def test_resumed_is_as_never_stopped(job: str, tmp_path: Path) -> None:
     assert ending(tmp_path / "broken") == ending(tmp_path / "whole")
     assert packed.stat().st_size < (1.1e6 if "float" in job else 2.5e5)
     names = {path.name for path in (tmp_path / "broken").iterdir()}
-    assert names == {"checkpoint.pt", "curves.png", "metrics.csv"}
+    assert names == {"checkpoint.pt", "metrics.csv"}
 
 
 def test_export_is_the_average(digits: Data, tmp_path: Path, capsys: Any) -> None:
-    settings = Settings.choose({"net": "ternary", "epochs": 2, "batch_size": 16, "device": "cpu"})
+    settings = Settings.choose({"net": "ternary", "epochs": 1, "batch_size": 16, "device": "cpu"})
     run = train(settings, digits, tmp_path)
     assert run.average is not None
     assert run.result is run.average.module
     text = capsys.readouterr().out
     assert f"of the average {100 * run.history[-1]['average_accuracy']:.2f} %" in text
-    assert text.rstrip().endswith("after 2 epochs")
+    assert text.rstrip().endswith("after 1 epoch")
 
 
 def test_average_is_judged_with_statistics_of_its_own(digits: Data) -> None:
@@ -132,7 +131,6 @@ def test_norm_is_passed_on(norm: str, digits: Data) -> None:
         ("--optimizer=parq --net=xnor", "--optimizer parq needs --net binary or ternary"),
         ("--optimizer=parq --average", "--average needs --optimizer dfw, adam, sgd or muon"),
         ("--optimizer=sgd --norm=spectral", "--norm needs --optimizer dfw"),
-        ("--optimizer=sgd --radius=1", "--radius needs --optimizer dfw and quantized weights"),
         ("--net=float --relax=0.5", "--relax needs --optimizer dfw and quantized weights"),
         ("--batch-size=99 --limit=50", "--batch-size 99 is more than the 50 training images"),
         ("--device=toaster", "--device toaster cannot be used here"),
@@ -176,24 +174,63 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: Any) -> None:
     assert "cannot be read; choose another --out" in capsys.readouterr().err
 
 
+TABLE = ["--table", "--limit=32", "--epochs=1", "--device=cpu"]
+
+
 def test_table_goes_on_where_it_stopped(tmp_path: Path, capsys: Any) -> None:
-    job = ["--table", "--limit=32", "--epochs=1", "--device=cpu", "--threads=1"]
-    assert main(*job, out=tmp_path) == 0
-    table = (tmp_path / "table.md").read_text()
-    assert table in capsys.readouterr().out
-    assert [line.split(" | ")[:2] for line in table.splitlines()[4:]] == [
-        ["| float", "sgd"],
-        ["| ternary", "sgd"],
-        ["| ternary", "dfw"],
-        ["| xnor", "adam"],
-        ["| xnor", "dfw"],
-    ]
+    assert main(*TABLE, "--threads=1", out=tmp_path) == 0
+    table, printed = (tmp_path / "table.md").read_text(), capsys.readouterr().out
+    assert table in printed
+    assert "1 epoch of 1 step;" in table.replace("\n", " ")
+    assert all(len(line) < 80 or str(tmp_path) in line for line in printed.splitlines())
+    lines = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")]
+    _, *rows = [[cell.strip() for cell in line] for line in lines]
+    names = "float SGD, float DFW, binary Adam, binary DFW, ternary SGD, ternary DFW"
+    assert ", ".join(f"{row[0]} {row[1]}" for row in rows) == f"{names}, xnor Adam, xnor DFW"
+    found = [row[3] for row in rows[::2]]
+    assert found == ["any", "2 per channel", "3 per layer", "2 per channel"]
+    assert found == [row[3] for row in rows[1::2]]
+    sizes = [int(row[4].replace(",", "")) for row in rows]
+    assert sizes[0] > 1e6 > 1.5e5 > max(sizes[2:])
+    assert (tmp_path / "table.png").stat().st_size > 50_000
     (tmp_path / "xnor-dfw" / "checkpoint.pt").unlink()
     before = ending(tmp_path / "ternary-dfw")
-    assert main(*job, out=tmp_path) == 2
-    assert main("--table", "--resume", out=tmp_path) == 0
+    assert main(*TABLE, out=tmp_path) == 2
+    assert main("--table", "--resume", "--threads=1", out=tmp_path) == 0
     assert ending(tmp_path / "ternary-dfw") == before
     assert len(load_checkpoint(tmp_path / "xnor-dfw")["history"]) == 1
+
+
+def test_table_can_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_table = mock.Mock(side_effect=lambda _, out, resume: out.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(table, "run_table", run_table)
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], [], ["--resume"], []):
+        assert cifar_resnet20.main(["--table", *arguments]) == 0
+    folders = [call.args[1].name for call in run_table.call_args_list]
+    assert folders == ["table", "table-2", "table", "table-3"]
+
+
+def test_table_has_a_sweep_on_digits_only() -> None:
+    on_digits, elsewhere = table.planned({}, Path("x")), table.planned({"data": "x"}, Path("x"))
+    assert [len(elsewhere), elsewhere[0][0].epochs] == [8, 20]
+    assert [len(on_digits), on_digits[0][0].epochs] == [20, 3]
+    assert on_digits[-1][0].lr == pytest.approx(30 * 0.07)
+
+
+def test_what_is_said_is_what_was_measured() -> None:
+    """Also where DFW is behind."""
+    told = "float SGD 1 97.5, float DFW 1 97.1, xnor Adam 0.1 20, xnor Adam 1 80, xnor Adam 10 85"
+    told += ", xnor DFW 0.1 80, xnor DFW 1 92, xnor DFW 10 88"
+    cells = [it.split() for it in told.split(", ")]
+    every = [Row(a, b, float(x), [10.0, float(y)], 5, "any", 1, 1.0) for a, b, x, y in cells]
+    rows = [row for row in every if row.factor == 1]
+    text = "By so many points DFW is ahead (+) or behind (-): after 1 epoch float -0.4, xnor +12.0."
+    assert report.seen(rows, []) == text
+    assert report.seen(rows, every[2:]) == (
+        f"{text} Of 3 values of lr, from 0.1 to 10 times the default, 0 with Adam and 2 with DFW "
+        "bring xnor within 5 points of the best run, 92.0 %."
+    )
 
 
 @pytest.mark.parametrize("net", ["binary", "ternary"])
@@ -226,21 +263,30 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
         signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    job = [*SMALL, "--optimizer=sgd", "--net=float", "--epochs=5000", "--out=my run"]
+@pytest.mark.parametrize("kind", ["--net=float --optimizer=sgd", "--table --threads=2"])
+def test_ctrl_c_says_how_to_go_on(kind: str, tmp_path: Path) -> None:
+    """And no more than that; the processes of a table end at once."""
+    job, table = [*SMALL, *kind.split(), "--epochs=5000", "--out=my run"], "--table" in kind
     process = start(str(SCRIPT), *job, cwd=tmp_path)
-    metrics, deadline = tmp_path / "my run" / "metrics.csv", time.monotonic() + 100
+    run = tmp_path / "my run" / ("float-sgd" if table else "")
+    metrics, deadline = run / "metrics.csv", time.monotonic() + 100
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=100)
+    out, error = process.communicate(timeout=100)
     assert process.returncode == 130
     assert error.strip() == (
         f"Interrupted. To go on: {sys.executable} {SCRIPT} --out 'my run' --resume"
+        + " --table" * table
     )
-    assert len(load_checkpoint(tmp_path / "my run")["history"]) >= 1
+    assert out.endswith("20 trainings of 5,000 epochs, 2 at a time:\n") == table
+
+
+def test_interpreter_is_named_as_in_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv" / "bin" / "python"))
+    assert interpreter() == ".venv/bin/python"
 
 
 @pytest.mark.slow

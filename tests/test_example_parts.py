@@ -1,7 +1,5 @@
 """Parts of the image example: networks, straight-through layers, reading and fetching images."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import http.server

@@ -15,14 +15,14 @@ SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER = "cifar-10-batches-bin"
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 FILES = (*TRAIN_FILES, "test_batch.bin")
-SIZE, PAD = 32, 4
+SIZE = 32
 # A record is one label byte, then the red, green and blue planes, row by row.
 RECORD_BYTES, RECORDS = 1 + 3 * SIZE * SIZE, 10_000
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images as uint8 (N, 32, 32, 3) and labels as int64 (N,)."""
+    """Images as uint8 (N, height, width, 3) and labels as int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -55,7 +55,7 @@ def load(directory: str | None, limit: int | None = None, validate: bool = False
         kept = len(train) - len(train) // 10
         train, held_out = train.part(0, kept), train.part(kept, len(train))
     return Data(
-        name="handwritten digits" if directory is None else "CIFAR-10",
+        name="digits (8x8 pixels, enlarged to 16x16)" if directory is None else "CIFAR-10",
         train=train.part(0, limit or len(train)),
         held_out=held_out,
         held_out_name="validation" if validate else "test",
@@ -64,12 +64,12 @@ def load(directory: str | None, limit: int | None = None, validate: bool = False
 
 
 def read_digits() -> tuple[Split, Split]:
-    """The 1,797 digits, enlarged to 32x32 RGB; the split is the same in every run."""
+    """The 1,797 digits, enlarged from 8x8 to 16x16 RGB; the split is the same in every run."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
-    large = functional.interpolate(small, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    large = functional.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
     images = large.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     everything = Split(images[order].contiguous(), torch.as_tensor(digits.target)[order].long())
@@ -127,7 +127,8 @@ class Batches:
         std_mean = [torch.std_mean(images[..., channel].float()) for channel in range(3)]
         std, mean = torch.tensor(std_mean, device=device).T
         self._mean, self._std = mean, std.clamp_min(1)
-        self._images = functional.pad(images, (0, 0, PAD, PAD, PAD, PAD)).to(device)
+        self._size, self._pad = images.shape[1], images.shape[1] // 8
+        self._images = functional.pad(images, (0, 0, *[self._pad] * 4)).to(device)
         self._labels = data.train.labels.to(device)
         self._flips = data.flips
 
@@ -142,9 +143,9 @@ class Batches:
         device, count = self._labels.device, len(self._labels)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(count, generator=generator)
-        top, left = torch.randint(2 * PAD + 1, (2, count, 1), generator=generator)
-        rows = top + torch.arange(SIZE)
-        columns = left + torch.arange(SIZE)
+        top, left = torch.randint(2 * self._pad + 1, (2, count, 1), generator=generator)
+        rows = top + torch.arange(self._size)
+        columns = left + torch.arange(self._size)
         if self._flips:
             mirrored = torch.rand(count, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
@@ -156,6 +157,6 @@ class Batches:
             yield self.normalise(images), self._labels[which]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Floats (N, 3, 32, 32), channels last in memory."""
+        """Floats (N, 3, height, width), channels last in memory."""
         normalised: Tensor = (images - self._mean) / self._std
         return normalised.permute(0, 3, 1, 2)

@@ -14,15 +14,6 @@ from .nets import Network
 from .settings import Settings
 
 
-def attach(model: Network, settings: Settings, steps: int) -> list[Any]:
-    """Make the optimizer for ``model`` and a run of so many ``steps``; with Muon there are two."""
-    if settings.optimizer == "dfw":
-        return [frank_wolfe(model, settings)]
-    if settings.optimizer == "parq":
-        return [parq(model, settings, steps)]
-    return baselines(model, settings)
-
-
 def frank_wolfe(model: nn.Module, settings: Settings) -> FrankWolfe:
     """DFW takes the model as it is, and chooses what was not given."""
     names = ("lr", "momentum", "weight_decay", "norm")
@@ -42,8 +33,13 @@ def frank_wolfe(model: nn.Module, settings: Settings) -> FrankWolfe:
     return optimizer
 
 
-def baselines(model: Network, settings: Settings) -> list[Any]:
-    """For Adam, SGD and Muon the layers that are to be quantized are replaced first."""
+def attach(model: Network, settings: Settings, steps: int) -> list[Any]:
+    """Make the optimizer for ``model`` and a run of so many ``steps``; with Muon there are two."""
+    if settings.optimizer == "dfw":
+        return [frank_wolfe(model, settings)]
+    if settings.optimizer == "parq":
+        return [parq(model, settings, steps)]
+    # For Adam, SGD and Muon the layers that are to be quantized are replaced first.
     if settings.net != "float" or settings.optimizer == "muon":
         straight_through.convert(model.blocks, settings.net)
     # A latent counts by its sign or zone alone: decay would drag it to where it flips.

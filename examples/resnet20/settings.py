@@ -33,7 +33,6 @@ class Settings:
     average: bool
     seed: int = 0
     amp: str
-    compile: bool = False
     limit: int | None = None
     validate: bool = False
     data: str | None = None

@@ -1,10 +1,7 @@
 """The baselines: layers that hold latent weights and quantize them in every forward pass.
 
-This is the usual way to train binary and ternary networks, and what a DFW optimizer makes
-unnecessary. Latents are matrices, outputs x the rest, as Muon wants them.
+This is the usual way to train binary and ternary networks. Latents are matrices, as Muon wants.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,20 +102,6 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-class Replace(torch.autograd.Function):
-    """See `replace`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0] * ctx.saved_tensors[0], None, None
-
-
 def replace(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """The number ``value``, with ``slope`` for its derivative by ``x``."""
-    result: Tensor = Replace.apply(x, value.detach(), slope)  # type: ignore[no-untyped-call]
-    return result
+    return value.detach() + slope * (x - x.detach())

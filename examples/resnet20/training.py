@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from dfw_opt import load_packed, save_packed
 
-from . import report, straight_through
+from . import straight_through
 from .data import Batches, Data, load
-from .nets import build
+from .nets import Network, build
 from .optimizers import attach, criterion
+from .report import accuracies
 from .settings import Settings
 
 # torchrun says which process this is, and of how many.
@@ -73,9 +74,7 @@ class Run(common.Run):
         super().__init__(settings, model, attach(model, settings, self.steps))
         self.criterion = criterion(settings)
         self.forward: Callable[[Tensor], Tensor] = model
-        if settings.compile:
-            self.forward = torch.compile(model)
-        elif RANKS > 1:  # backward() averages the gradients over the processes
+        if RANKS > 1:  # backward() averages the gradients over the processes
             self.forward = DistributedDataParallel(model)
 
     def train_step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:
@@ -112,13 +111,12 @@ class Run(common.Run):
             return {}
         skipped, start = self.skipped(), time.perf_counter()
         self.model.train()
-        batches = tqdm(
-            self.batches.epoch(settings.seed, epoch, settings.batch_size, RANK, RANKS),
-            f"epoch {epoch + 1}/{settings.epochs}",
-            self.steps_per_epoch,
-            leave=False,
-            disable=not (LEADS and sys.stderr.isatty()),
+        batches: Iterable[tuple[Tensor, Tensor]] = self.batches.epoch(
+            settings.seed, epoch, settings.batch_size, RANK, RANKS
         )
+        if LEADS and sys.stderr.isatty():
+            title = f"epoch {epoch + 1}/{settings.epochs}"
+            batches = tqdm(batches, title, self.steps_per_epoch, leave=False)
         first = epoch * self.steps_per_epoch
         # Values stay on the device until the end: reading one would make each step wait.
         values = torch.stack([self.train_step(i, *batch) for i, batch in enumerate(batches, first)])
@@ -176,9 +174,8 @@ def check(settings: Settings, data: Data) -> None:
         raise UserError(f"--batch-size {size} is more than the {images} training images; lower it")
     if size % RANKS:
         raise UserError(f"--batch-size {size} must be a multiple of the {RANKS} processes")
-    if RANKS > 1 and (settings.compile or device not in ("cpu", "cuda")):
-        name = "--compile" if settings.compile else f"--device {device}"
-        raise UserError(f"{name} is for one process; leave it out")
+    if RANKS > 1 and device not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is for one process; leave it out")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -188,32 +185,35 @@ def check(settings: Settings, data: Data) -> None:
 def load_data(settings: Settings) -> Data:
     """The images that the settings ask for."""
     if settings.data is None:
-        say("Without --data, on scikit-learn's digits; for CIFAR-10 add: --download --data data")
+        say("On scikit-learn's digits; for CIFAR-10 add: --download --data data")
     return load(settings.data, settings.limit, settings.validate)
 
 
 def train(settings: Settings, data: Data, out: Path, resume: bool = False) -> Run:
-    """Train to the end, leaving also curves in ``out``."""
+    """Train to the end."""
     run = Run(settings, data)
     run.train(out, resume)
-    if LEADS:
-        report.draw_curves(out / "curves.png", run.history)
-    accuracy, epochs = report.accuracies(run.history)[-1], counted(settings.epochs, "epoch")
+    accuracy, epochs = accuracies(run.history)[-1], counted(settings.epochs, "epoch")
     whose = " of the average" if settings.average else ""
     say(f"{data.held_out_name} accuracy{whose} {accuracy:.2f} % after {epochs}")
     return run
 
 
-def export(run: Run, path: Path) -> str:
+def pack(run: Run, path: Path) -> Network:
     """Write the trained network as a packed file, and read it back into a plain float network."""
-    settings = run.settings
-    plain, reloaded = (build(settings.net, settings.shortcut, i, settings.arch) for i in (0, 1))
+    its = run.settings
+    plain, reloaded = (build(its.net, its.shortcut, seed, its.arch) for seed in (0, 1))
     plain.load_state_dict(straight_through.plain_state(run.result))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_packed(plain, path)
-    load_packed(reloaded, path)
-    _, accuracy = run.evaluate(reloaded.to(run.device))
-    floats, size = 4 * sum(p.numel() for p in plain.parameters()), path.stat().st_size
+    return load_packed(reloaded, path).to(run.device)
+
+
+def export(run: Run, path: Path) -> str:
+    """Write the trained network as a packed file, and say how small and how good it is."""
+    reloaded = pack(run, path)
+    _, accuracy = run.evaluate(reloaded)
+    floats, size = 4 * sum(p.numel() for p in reloaded.parameters()), path.stat().st_size
     return (
         f"exported {path}: {size:,} bytes, {floats / size:.1f} times smaller than float32; "
         f"{run.data.held_out_name} accuracy after reloading {100 * accuracy:.2f} %"
