@@ -248,13 +248,10 @@ def dual_data() -> Data:
     assert delta is not None
 
     def boxed(bound: float = radius) -> Variable:
-        D = delta.unsqueeze(0)
-        values: Data = {"values": [[w]], "directions": [D], "planes": [None], "metrics": [None]}
-        return Variable(lr, 0.0, 0.0, -bound, bound, searched=True, **values)
+        return Variable([w], [delta], [delta], lr, lower=-bound, upper=bound)
 
     def slope(gamma: Tensor, bound: float = radius) -> Tensor:
-        ((taken,), _) = boxed(bound).dual_slope(gamma)
-        return loss + taken
+        return loss + boxed(bound).dual_slope(gamma)[0]
 
     def distance(gamma: Tensor, bound: float) -> Tensor:
         moved = (w - lr * gamma * delta).clamp(-bound, bound)
@@ -268,7 +265,7 @@ def dual_data() -> Data:
 
     zero = torch.zeros_like(loss)
     start = closed_form(loss, zero, lr * delta.square().sum(), eps=0.0)
-    found = exact(loss, [boxed()], start, 0.0, lambda terms: torch.stack([*terms]).sum())
+    found = exact(loss, [boxed()], start, 0.0)
     points = {"closed_form": start, "exact": found}
     torch.testing.assert_close(points["exact"], optimizer.gamma.double(), rtol=1e-6, atol=0)
     infinite = float("inf")

@@ -253,7 +253,7 @@ class TestWhatIsSent:
                 assert len(calls) <= number
                 whole = [size for name, size in calls if "gather" in name]
                 rest = [size for name, size in calls if "gather" not in name]
-                assert max(rest) <= max(8 * 4, 4 * depth)
+                assert max(rest) <= max(8 * 4, 8 * depth)  # counts of weights are int64
                 # Each way what a rank holds of the parameters or computes of them, float32.
                 elements = depth * width * (width + 1) + 8 * (width + 1)
                 assert len(whole) == self.LARGE[kind.norm]
