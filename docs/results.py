@@ -5,6 +5,9 @@ the run was started with. A finished run is added from the folder that it left b
 
     python docs/results.py --add main runs/xnor-dfw runs/xnor-adam
 
+Without a schedule, what a run is after some of its epochs is what a shorter run would be: with
+--epochs so many are taken, also of a run that goes on.
+
 tests/test_docs_results.py checks that the pages show what the runs say.
 """
 
@@ -28,7 +31,7 @@ PAGES = (DOCS / "results.md", DOCS / "design-notes.md", DOCS.parent / "README.md
 RUNS = DOCS / "runs"
 
 NETS = ("float", "binary", "ternary", "xnor")
-OPTIMIZERS = ("dfw", "adam", "sgd")
+SWEPT = ("DFW", "Euclidean DFW", "Adam", "SGD")
 ARCHES = ("wrn16-2", "densenet28")
 NAMES = {
     "float": "float",
@@ -46,7 +49,7 @@ NAMES = {
     "svm": "SVM",
     "ce": "cross-entropy",
 }
-SCHEDULES = {"cosine": "", "none": "no schedule", "parq": "its own schedule"}
+SCHEDULES = {"cosine": "", "none": "no schedule, average", "parq": "its own schedule"}
 
 
 # ---- The runs ----
@@ -97,12 +100,12 @@ def load(table: str) -> list[Run]:
     return [Run(arguments, tuple(rows)) for arguments, rows in runs.items()]
 
 
-def add(table: str, folders: Iterable[Path]) -> None:
+def add(table: str, folders: Iterable[Path], epochs: int | None = None) -> None:
     """Add finished runs to a table; one with the same arguments is replaced."""
     path = RUNS / f"{table}.csv"
     runs = {run.arguments: run for run in load(table)} if path.exists() else {}
     for folder in folders:
-        run = _finished(folder)
+        run = _finished(folder, epochs)
         runs[run.arguments] = run
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -115,7 +118,7 @@ def add(table: str, folders: Iterable[Path]) -> None:
     path.write_text(text.getvalue(), encoding="utf-8")
 
 
-def _finished(folder: Path) -> Run:
+def _finished(folder: Path, epochs: int | None) -> Run:
     sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "examples")]
     from common import load_checkpoint
 
@@ -126,6 +129,8 @@ def _finished(folder: Path) -> Run:
         for row in stored["history"]
     ]
     unit = "epoch" if "epochs" in settings else "step"
+    if epochs is not None and settings["schedule"] == "none":
+        settings, rows = settings | {"epochs": epochs}, rows[:epochs]
     if not rows or rows[-1][unit] != settings[f"{unit}s"]:
         raise SystemExit(f"{folder} is not finished; resume it first")
     return Run(_arguments(settings), tuple(rows))
@@ -203,26 +208,33 @@ def _order(net: str) -> tuple[int, str]:
 
 
 def readme_table() -> str:
-    """For a first look: the thirty epochs that all have in common."""
-    runs = [run for run in [*load("long"), *load("parq")] if run["epochs"] == "30"]
+    """For a first look: five epochs, each optimizer at its best; the mean of its seeds."""
+    runs = [run for run in [*load("main"), *load("parq")] if run["epochs"] == "5"]
     runs = [run for run in runs if not run.start and not run["shortcut"]]
-    names = [*dict.fromkeys(run.optimizer for run in sorted(runs, key=lambda r: r.optimizer))]
+    names = ("DFW", "Euclidean DFW", "Adam", "SGD", "PARQ")
     rows = []
     for net in NETS:
-        values = {run.optimizer: run.accuracy for run in pick(runs, net=net)}
-        most = max(values.values())
-        cells = [f"{values[n]:.1f}" if n in values else "" for n in names]
-        rows.append([NAMES[net], *(f"**{c}**" if c == f"{most:.1f}" else c for c in cells)])
+        kinds: dict[str, dict[str, list[Run]]] = {}
+        for run in pick(runs, net=net):
+            how = f"{run['lr']} {run['loss']} {run['schedule']}"
+            kinds.setdefault(run.optimizer, {}).setdefault(how, []).append(run)
+        best = {who: max(map(mean, tried.values())) for who, tried in kinds.items()}
+        cells = [f"{best[n]:.1f}" if n in best else "" for n in names]
+        rows.append(
+            [NAMES[net], *(f"**{c}**" if c == f"{max(best.values()):.1f}" else c for c in cells)]
+        )
     return markdown(["net", *names], rows)
 
 
 def sweep() -> dict[tuple[str, str], dict[float, float]]:
-    """Accuracy by lr, for every net and optimizer."""
-    runs, points = load("sweep"), {}
-    for net, optimizer in itertools.product(NETS, OPTIMIZERS):
-        loss = "svm" if optimizer == "dfw" else "ce"
-        chosen = pick(runs, net=net, optimizer=optimizer, loss=loss, seed="0")
-        points[net, optimizer] = {by_lr(run): run.accuracy for run in sorted(chosen, key=by_lr)}
+    """Accuracy by lr, for every net and optimizer; DFW without a schedule, the others with one."""
+    points: dict[tuple[str, str], dict[float, float]] = {}
+    for net, who in itertools.product(NETS, SWEPT):
+        loss = "ce" if who in ("Adam", "SGD") else "svm"
+        schedule = "none" if who == "DFW" else "cosine"
+        tried = pick(load("sweep"), net=net, loss=loss, schedule=schedule, seed="0")
+        chosen = sorted((run for run in tried if run.optimizer == who), key=by_lr)
+        points[net, who] = {by_lr(run): run.accuracy for run in chosen}
     return points
 
 
@@ -231,13 +243,23 @@ def sweep_table() -> str:
     rows, swept = [], sweep()
     for net in NETS:
         cells = [NAMES[net]]
-        for optimizer in OPTIMIZERS:
-            points = swept[net, optimizer]
+        for who in SWEPT:
+            points = swept[net, who]
             best = max(points, key=points.__getitem__)
             widths = ", ".join(f"{decades(points, within):.1f}" for within in (2, 10))
             cells.append(f"{points[best]:.1f} at {best:g} ({widths})")
         rows.append(cells)
-    return markdown(["net", "Euclidean DFW", "Adam", "SGD"], rows)
+    return markdown(["net", *SWEPT], rows)
+
+
+def gamma_table() -> str:
+    """The mean of γ over each epoch, of the runs of five epochs at the default lr."""
+    runs = [run for run in load("main") if run.optimizer == "DFW" and run["seed"] == "0"]
+    rows = []
+    for run in sorted(runs, key=lambda run: _order(NAMES[run["net"]])):
+        if run["schedule"] == "none" and not run["shortcut"]:
+            rows.append([NAMES[run["net"]], *(f"{row['gamma_mean']:.2f}" for row in run.rows)])
+    return markdown(["net", *(f"epoch {i}" for i in range(1, 6))], rows)
 
 
 def decades(points: dict[float, float], within: float) -> float:
@@ -353,6 +375,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "main": lambda: budget_table("main", "5"),
     "long": lambda: budget_table("long", "30"),
     "sweep": sweep_table,
+    "gamma": gamma_table,
     "ablations": ablation_table,
     "open": open_table,
     "relaxed": relaxed_table,
@@ -376,9 +399,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--add", metavar="TABLE", help="add runs to docs/runs/TABLE.csv first")
     parser.add_argument("folders", nargs="*", type=Path, help="that finished runs left behind")
+    parser.add_argument("--epochs", type=int, help="how many of each, without a schedule")
     given = parser.parse_args()
     if given.add:
-        add(given.add, given.folders)
+        add(given.add, given.folders, given.epochs)
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
 
