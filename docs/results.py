@@ -143,8 +143,8 @@ def _arguments(settings: dict[str, Any]) -> str:
     words = []
     for key, value in settings.items():
         name = key.replace("_", "-")
-        if key in ("data", "device", "threads", "amp") or value is None:
-            continue
+        if key in ("data", "device", "threads", "amp") or value in (None, "resnet", "resnet20"):
+            continue  # what decides nothing, or is as usual
         if isinstance(value, bool):
             words += [f"--{name}"] * value
         else:
@@ -361,7 +361,8 @@ def chars_table() -> str:
     """The character transformer; several seeds in one row."""
     kinds: dict[tuple[str, ...], list[float]] = {}
     for run in sorted(load("chars"), key=lambda run: (run["net"], run.optimizer, by_lr(run))):
-        kind = (NAMES[run["net"]], run.optimizer, run["lr"], run["attention-lr"] or run["lr"])
+        who = ", ".join(filter(None, (run.optimizer, SCHEDULES[run["schedule"]])))
+        kind = (NAMES[run["net"]], who, run["lr"], run["attention-lr"] or run["lr"])
         judged = "average_loss" if run["average"] == "yes" else "val_loss"
         kinds.setdefault(kind, []).append(run.rows[-1][judged])
     rows = [[*kind, ", ".join(f"{x:.3f}" for x in values)] for kind, values in kinds.items()]
