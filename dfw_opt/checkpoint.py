@@ -86,7 +86,7 @@ def _check_state(state: Any, p: Tensor, optimizer: "LatentOptimizer", group: str
         shape = known[key].shape if key in known else p.shape if value.dim() else torch.Size()
         _need(value.shape == shape, f"{has} of shape {tuple(value.shape)}, not {tuple(shape)}")
         # A single number is the same on all processes, whether it says so or not.
-        _need(not value.dim() or sharding.placed_alike(value, p), f"{has} {_PLACED}")
+        _need(not value.dim() or sharding.cut(value) == sharding.cut(p), f"{has} {_PLACED}")
         usable = value.layout == torch.strided and value.is_floating_point() and not value.is_meta
         _need(usable, f"{has} that is sparse, not floating point, or has no values")
         # Before the first step there is no plane.
@@ -112,7 +112,5 @@ def restore(optimizer: "LatentOptimizer", loaded: Mapping[str, Any]) -> None:
                 key: sharding.placed_as_state(value.detach().to(p.device, dtype, copy=True), p)
                 for key, value in state.items()
             }
-            if "latent" in state:
-                optimizer._quantize(group, [p])
-                optimizer._written[p] = p._version
+            optimizer._write(p, group)
     optimizer._seen[:] = [settings(group) for group in optimizer.param_groups]

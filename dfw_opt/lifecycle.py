@@ -6,9 +6,11 @@ the dtype that it had.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,20 @@ from torch.utils.hooks import RemovableHandle
 
 from dfw_opt import norms, sharding, validate
 from dfw_opt.checkpoint import aligned, restore
+from dfw_opt.quantizers import Quantizer, quantizer_of
 from dfw_opt.validate import USAGE
 from dfw_opt.variables import squares, stack
 from dfw_opt.watch_loss import LossWatch, loss_of
 
-__all__ = ["LatentOptimizer"]
+__all__ = ["LatentOptimizer", "steepest"]
 
-T = TypeVar("T")
+
+def steepest(planes: list[norms.Plane], products: torch.dtype | None = None) -> list[Tensor]:
+    """:func:`norms.spectral` of each, under autocast too. Uses the list up, so memory is free."""
+    kind = planes[0][0].device.type
+    on = torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if on else nullcontext():
+        return [norms.spectral(*planes.pop(0), products) for _ in range(len(planes))]
 
 
 class LatentOptimizer(Optimizer):
@@ -39,13 +48,16 @@ class LatentOptimizer(Optimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], process_group: sharding.Ranks = "world"
     ) -> None:
-        sharding.check_process_group(process_group)
+        if not isinstance(process_group, sharding.ProcessGroup | None) and process_group != "world":
+            kinds = "not 'world', a ProcessGroup, or None"
+            raise TypeError(f"process_group={process_group!r} is {kinds}")
         self.process_group = process_group
         self._ready: list[bool] = []  # in place, so that a wrapper's copy of it is the same
         self._set_up({})
         super().__init__(params, defaults)
         validate.check_groups(self)
-        self._hook()
+        self.register_step_pre_hook(validate.before_step)
+        self.register_step_post_hook(validate.after_step)
         # Once every group is known to be good: what fails must not leave quantized weights behind.
         for group in self.param_groups:
             self._start_group(group)
@@ -137,14 +149,14 @@ class LatentOptimizer(Optimizer):
         groups = [group for group in self.param_groups if group.get("quantizer") is not None]
         if not groups:
             raise ValueError(f"relaxation={relaxation!r}: no group of this optimizer is quantized")
-        validate.warn(validate.overwritten(self))  # before anything changes: it may be an error
+        for text in validate.overwritten(self):
+            warnings.warn(text, stacklevel=3)  # before anything changes: it may be an error
         for settings in (self.defaults, *groups):
             settings["relaxation"] = float(relaxation)
         for group in groups:
             for p in (p for p in group["params"] if p in self.state):
                 self._place(p, self.state[p])
-                self._quantize(group, [p])
-                self._written[p] = p._version
+                self._write(p, group)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch. Each parameter's state has the height of the plane, which they share."""
@@ -174,15 +186,11 @@ class LatentOptimizer(Optimizer):
 
         # As hooks: the check sees what the user's own hooks made of the checkpoint, and their later
         # hooks see the restored state.
-        handles = (
+        with (
             self.register_load_state_dict_pre_hook(align),
             self.register_load_state_dict_post_hook(lambda _: restore(self, loaded), prepend=True),
-        )
-        try:
+        ):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def __repr__(self) -> str:
         return validate.describe(self)
@@ -203,17 +211,14 @@ class LatentOptimizer(Optimizer):
             return
         self._set_up(state)
         super().__setstate__(state)
-        self._hook()
+        self.register_step_pre_hook(validate.before_step)
+        self.register_step_post_hook(validate.after_step)
         for group in self.param_groups:
             self._seen.append(validate.settings(group))
             for p in group["params"]:
                 sharding.adapt(self, p)
                 if "latent" in self.state.get(p, {}):
                     self._written[p] = p._version
-
-    def _hook(self) -> None:
-        self.register_step_pre_hook(validate.before_step)
-        self.register_step_post_hook(validate.after_step)
 
     @torch.inference_mode(False)
     def _set_up(self, tensors: dict[str, Any]) -> None:
@@ -232,16 +237,14 @@ class LatentOptimizer(Optimizer):
         self._late: list[str] = []
         self._seen: list[dict[str, Any]] = []
         """The settings of each group that have been checked."""
-        # How the core computes; sharding.adapt() has others of these.
+        # How the core computes. sharding.adapt() has others of these.
         self._place: Callable[..., Any] = sharding.place
         self._gather: Callable[[list[Tensor]], Tensor] = torch.stack
         self._squares: Callable[[Sequence[Tensor]], Tensor] = squares
         self._copy: Callable[..., None] = torch._foreach_copy_
         self._settle: Callable[..., Any] = lambda x, whole=False: x
         medium = torch.get_float32_matmul_precision() == "medium"  # torch's word for bfloat16
-        self._steepest: Callable[[list[norms.Plane]], list[Tensor]] = partial(
-            norms.steepest, products=torch.bfloat16 if medium else None
-        )
+        self._steepest: Any = partial(steepest, products=torch.bfloat16 if medium else None)
 
     def _loss(self, closure: Any, loss: Any) -> tuple[Tensor | float | None, Tensor]:
         """What a step is to return, and the loss by which to step, the same on all ranks."""
@@ -257,19 +260,29 @@ class LatentOptimizer(Optimizer):
                 loss = closure()
         elif loss is None and not watch.active and not sharding.is_probe(self):
             raise TypeError(f"{name}.step needs the loss: {USAGE}")
-        value = 0.0 if loss is None and closure is None else loss
+        value: Any = 0.0 if loss is None and closure is None else loss
         # Frameworks that call backward() themselves pass closures that return nothing; or the last
         # micro-batch's loss alone, so that what was watched comes first.
         if watch.active and (closure is not None or loss is None):
             value = watch.value(name)
         source = "the loss" if closure is None else "the closure's result"
-        return loss, sharding.mean_loss(self, validate.checked_loss(value, source))
-
-    def _end(self, result: T, gamma: Tensor, skip: Tensor) -> T:
-        """What is known of a step, and what it returns."""
-        self._gamma.copy_(gamma)
-        self._skipped.add_(skip)
-        return result
+        is_tensor = isinstance(value, Tensor)
+        if value.is_complex() if is_tensor else not isinstance(value, int | float):
+            raise TypeError(f"{source} is {value!r}; it must be a real scalar tensor or a number")
+        if is_tensor and value.numel() != 1:
+            shape = tuple(value.shape)
+            raise ValueError(f"{source} has shape {shape}; it must be a scalar, as loss.mean() is")
+        trained = (p for g in self.param_groups for p in g["params"] if p.grad is not None)
+        where = next((p.device for p in trained if not p.is_meta), self._gamma.device)
+        if where != self._gamma.device:  # what all parameters share follows them
+            for own in ("_gamma", "_height", "_skipped"):
+                setattr(self, own, getattr(self, own).to(where))
+        if is_tensor:
+            ell = sharding.whole(value.detach()).reshape(()).to(self._gamma)
+        else:  # this waits for no device; and torch refuses to round what no float32 can hold
+            ell = torch.full_like(self._gamma, value if abs(value) < 3e38 else math.inf * value)
+        self._ell = sharding.mean(self, ell, self.process_group)
+        return loss, self._ell
 
     def _read(self, x: Tensor) -> Any:
         """The number, where Python may look at it for free; elsewhere the tensor."""
@@ -293,8 +306,12 @@ class LatentOptimizer(Optimizer):
                 self._start(p, group)
         self._seen.append(validate.settings(group))
 
-    def _start(self, p: Tensor, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+    def _write(self, p: Tensor, group: dict[str, Any]) -> None:
+        """:math:`Q(u)` into a quantized parameter."""
+        if (quantizer := quantizer_of(group)) is not None:
+            self._quantize(group, quantizer, [p])
+            self._written[p] = p._version
 
-    def _quantize(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        raise NotImplementedError
+    # Of the subclass.
+    _start: Callable[[Tensor, dict[str, Any]], None]
+    _quantize: Callable[[dict[str, Any], Quantizer, list[Tensor]], None]

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["NEWTON_SCHULZ", "Plane", "polar", "spectral", "steepest"]
+__all__ = ["NEWTON_SCHULZ", "Plane", "polar", "spectral"]
 
 Plane = tuple[Tensor, str, Tensor | None]
 """What :func:`spectral` is given."""
@@ -64,11 +64,6 @@ def spectral(
         return direction
     matrix = gradient.flatten(0, -3) if layout == "stack" else gradient.flatten(2)
     return (math.sqrt(max(matrix.shape[1:])) * polar(matrix, products)).view_as(gradient)
-
-
-def steepest(planes: list[Plane], products: torch.dtype | None = None) -> list[Tensor]:
-    """:func:`spectral` of each. Uses the list up, so that memory is free again."""
-    return [spectral(*planes.pop(0), products) for _ in range(len(planes))]
 
 
 def polar(matrix: Tensor, products: torch.dtype | None = None) -> Tensor:

@@ -19,12 +19,14 @@ norm it is the running mean of the planes of all batches, and momentum is in the
 
 .. math::
 
-    m \leftarrow \mu m + (1 - \mu)\,\delta, \qquad
-    h \leftarrow \mu \max\Bigl(0,\ h - \sum\eta\langle m, \lambda v\rangle
-        - \gamma\sum\eta\langle m, D\rangle\Bigr) + (1 - \mu)\,\ell,
+    m &\leftarrow \mu m + (1 - \mu)\,\delta, \\
+    h &\leftarrow \mu h_\text{left} + (1 - \mu)\,\ell, \\
+    h_\text{left} &= \max\bigl(0,\ h - \textstyle\sum\eta\langle m, \lambda v\rangle \\
+    &\qquad - \gamma\textstyle\sum\eta\langle m, D\rangle\bigr)
+        \text{ of the step before}
 
-with what the step before left of its plane in the maximum (the model of Schaipp et al., *MoMo*,
-2023, arXiv 2305.07583), and :math:`m = \delta`, :math:`h = \ell` at first.
+(the model of Schaipp et al., *MoMo*, 2023, arXiv 2305.07583); :math:`m = \delta`, :math:`h = \ell`
+at first.
 
 Quantized weights are trained by mirror descent: the model holds :math:`Q(u)`, the optimizer, in its
 state, the dual variable :math:`u`, to which gradients are pulled back (:mod:`dfw_opt.quantizers`).
@@ -40,7 +42,7 @@ from torch import Tensor
 from dfw_opt.lifecycle import LatentOptimizer
 from dfw_opt.quantizers import SCALE_MIN, Quantizer, State, quantizer_of
 from dfw_opt.step_size import closed_form, exact
-from dfw_opt.variables import Variable, add_, stack, update_, wide
+from dfw_opt.variables import Variable, stack, update_, wide
 
 __all__ = ["FrankWolfe"]
 
@@ -69,6 +71,7 @@ class Batch(NamedTuple):
     """Parameters of one shape that are trained alike, and a group that says how."""
 
     group: dict[str, Any]
+    quantizer: Quantizer | None
     place: Any
     params: list[Tensor]
     gradients: list[Tensor]
@@ -122,8 +125,10 @@ class FrankWolfe(LatentOptimizer):
         batches = self._batches()
         squares = [self._squares(batch.gradients) for batch in batches]
         skip = ~self._gather([ell, *squares]).isfinite().all()
+        self._skipped.add_(skip)
         if (known := self._read(skip)) is True:
-            return self._end(result, torch.full_like(ell, math.nan), skip)
+            self._gamma.fill_(math.nan)
+            return result
 
         h = share = ell
         if norm == "spectral":
@@ -142,39 +147,40 @@ class FrankWolfe(LatentOptimizer):
             self._height.copy_(torch.where(skip, self._height, left))
         taken = self._read(gamma.masked_fill(skip, 0))
         update_(variables, taken, 1.0 if known is False else (~skip).to(gamma))
-        for batch in batches:
-            self._quantize(batch.group, batch.params)
-        return self._end(result, gamma.masked_fill(skip, math.nan), skip)
+        for group, quantizer, _, params, _ in batches:
+            if quantizer is not None:
+                self._quantize(group, quantizer, params)
+        self._gamma.copy_(gamma.masked_fill(skip, math.nan))
+        return result
 
     def _batches(self) -> list[Batch]:
         """The parameters that have a gradient, by what can be computed with as one."""
-        alike: dict[Any, Batch] = {}
+        batches: list[Batch] = []
+        last: dict[Any, Batch] = {}
         for number, group in enumerate(self.param_groups):
             # A tensor is no number to compare: a group with such an lr is like no other.
             own = (number if isinstance(group["lr"], Tensor) else 0, *map(group.get, _ALIKE))
-            for p in group["params"]:
-                if p.grad is not None and p.numel():
-                    place = self._place(p, self.state.get(p, {}))
-                    batch = alike.setdefault((own, place), Batch(group, place[1:], [], []))
-                    batch.params.append(p)
-                    batch.gradients.append(wide(p.grad))
-        result = []
-        for group, place, params, gradients in alike.values():
-            size = max(1, LARGEST_BATCH // params[0].numel())
-            for i in range(0, len(params), size):
-                result.append(Batch(group, place, params[i : i + size], gradients[i : i + size]))
-        return result
+            quantizer = quantizer_of(group)
+            for p in (p for p in group["params"] if p.grad is not None and p.numel()):
+                place = self._place(p, self.state.get(p, {}))
+                batch = last.get((own, place))
+                if batch is None or (len(batch.params) + 1) * p.numel() > LARGEST_BATCH:
+                    batch = last[own, place] = Batch(group, quantizer, place[1:], [], [])
+                    batches.append(batch)
+                batch.params.append(p)
+                batch.gradients.append(wide(p.grad))
+        return batches
 
     def _variables(
         self, batches: list[Batch], squares: list[Tensor], share: Tensor, skip: Tensor | None
     ) -> list[Variable]:
         """What is trained, with its plane and its direction."""
         variables, planes, sizes = [], [], []
-        for (group, place, params, grads), product in zip(batches, squares, strict=True):
+        for (group, quantizer, place, params, grads), product in zip(batches, squares, strict=True):
             for p in (p for p in params if p not in self.state):  # frozen until now
                 self._start(p, group)
             mu, eta, radius = group["momentum"], group["lr"], group.get("radius")
-            euclidean, quantizer = group["norm"] == "euclidean", quantizer_of(group)
+            euclidean = group["norm"] == "euclidean"
             if isinstance(eta, Tensor):
                 eta = self._read(eta.reshape(()).to(grads[0]))
             # Infinity must not reach the means, whatever it is multiplied by.
@@ -185,18 +191,22 @@ class FrankWolfe(LatentOptimizer):
                 pulled = quantizer.pull_back(stack(delta), self._stacked(quantizer, params))
             for key, (delta, metric) in pulled.items():
                 delta, metric = self._settle(delta), self._settle(metric)
-                latent, prefix = key in ("", "latent"), "" if key in ("", "latent") else f"{key}_"
+                prefix = "" if key in ("", "latent") else f"{key}_"
                 # A scale has no upper bound, and is not pulled towards 0: two levels would merge.
-                upper = radius if latent and radius is not None else math.inf
-                lower, decay = (-upper, group["weight_decay"]) if latent else (SCALE_MIN, 0.0)
+                upper = math.inf if prefix or radius is None else radius
+                lower, decay = (SCALE_MIN, 0.0) if prefix else (-upper, group["weight_decay"])
                 values = [self.state[p][key] for p in params] if key else params
                 variable = Variable(values, delta, delta, eta, decay, lower, upper, mu)
                 lr = id(group["lr"]) if isinstance(eta, Tensor) else eta
-                variable.alike = (lr, decay, lower, upper, mu, place, euclidean)
+                variable.alike = (lr, decay, lower, upper, mu, place)
                 variables.append(variable)
                 if euclidean:
                     variable.searched = group.get("step_size") == "exact" and lower > -math.inf
-                    variable.velocities = self._velocities(params, key, prefix) if mu else ()
+                    name = f"{prefix}momentum_buffer"
+                    for p, v in zip(params, values, strict=True) if mu else ():
+                        if name not in self.state[p]:  # momentum was 0 until now
+                            self.state[p][name] = torch.zeros_like(wide(v))
+                    variable.velocities = [self.state[p][name] for p in params] if mu else ()
                     if metric is None:
                         variable.product = product
                     else:
@@ -205,7 +215,7 @@ class FrankWolfe(LatentOptimizer):
                 m = [self.state[p][f"{prefix}mean_gradient"] for p in params]
                 part = self._read(share.to(delta))
                 torch._foreach_mul_(m, 1 - part)
-                add_(m, delta.unbind(), part)
+                torch._foreach_add_(m, (part * delta).unbind())
                 variable.planes = m
                 ahead = torch.lerp(delta, stack(m), mu)  # Nesterov
                 layout = group["layout"]
@@ -216,13 +226,6 @@ class FrankWolfe(LatentOptimizer):
             for variable, D, size in zip(variables, self._steepest(planes), sizes, strict=True):
                 variable.directions = D.mul_(size)
         return variables
-
-    def _velocities(self, params: list[Tensor], key: str, prefix: str) -> list[Tensor]:
-        """:math:`z`, of zeros where momentum was 0 until now."""
-        name = f"{prefix}momentum_buffer"
-        for p in (p for p in params if name not in self.state[p]):
-            self.state[p][name] = torch.zeros_like(self.state[p][key] if key else wide(p))
-        return [self.state[p][name] for p in params]
 
     def _dual_terms(self, variables: Sequence[Variable]) -> tuple[Tensor, Tensor]:
         r""":math:`\sum\eta\langle m, \lambda v\rangle` and :math:`\sum\eta\langle m, D\rangle`."""
@@ -239,28 +242,24 @@ class FrankWolfe(LatentOptimizer):
         numbers = {key: stack([state[key] for state in states]).view(shape) for key in keys}
         return {"latent": latent, **numbers}
 
-    def _quantize(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Writes :math:`Q(u)` into the model."""
-        if (quantizer := quantizer_of(group)) is None:
-            return
-        if quantizer.leveled and group["radius"] is not None:
-            self._widen([self.state[p] for p in params], group["radius"])
-        self._copy(params, quantizer.quantize(self._stacked(quantizer, params)).unbind())
+    def _quantize(self, group: dict[str, Any], quantizer: Quantizer, params: list[Tensor]) -> None:
+        r"""Writes :math:`Q(u)` into the model.
 
-    def _widen(self, states: list[State], radius: float) -> None:
-        r"""Doubles the unit of latents that crowd at the bounds: their levels can grow no more.
-
-        In the new unit all of :math:`c\,u`, its momentum and its steps are what they were, to the
-        bit. Crowded is a mean of :math:`|u|` above :math:`\tfrac34 R`; latents that wander about
-        the box at random have :math:`\tfrac12 R`.
+        Latents that crowd at the bounds, so that their levels can grow no more, get twice the unit
+        first; :math:`c\,u`, its momentum and its steps stay what they were, to the bit. Crowded is
+        a mean of :math:`|u|` above :math:`\tfrac34 R`: at random in the box it is
+        :math:`\tfrac12 R`.
         """
-        latent = stack([state["latent"] for state in states])
-        size = latent.abs().sum(tuple(range(1, latent.dim()))) / latent[0].numel()
-        half = torch.where(size > 0.75 * radius, 0.5, 1.0).unbind()
-        for key in states[0].keys() & {"latent", "size", "momentum_buffer"}:
-            torch._foreach_mul_([state[key] for state in states], half)
-        for key in states[0].keys() & {"unit", "mean_gradient"}:
-            torch._foreach_div_([state[key] for state in states], half)
+        if quantizer.leveled and group["radius"] is not None:
+            states = [self.state[p] for p in params]
+            latent = stack([state["latent"] for state in states])
+            size = latent.abs().sum(tuple(range(1, latent.dim()))) / latent[0].numel()
+            half = torch.where(size > 0.75 * group["radius"], 0.5, 1.0).unbind()
+            for key in states[0].keys() & {"latent", "size", "momentum_buffer"}:
+                torch._foreach_mul_([state[key] for state in states], half)
+            for key in states[0].keys() & {"unit", "mean_gradient"}:
+                torch._foreach_div_([state[key] for state in states], half)
+        self._copy(params, quantizer.quantize(self._stacked(quantizer, params)).unbind())
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -269,14 +268,12 @@ class FrankWolfe(LatentOptimizer):
         quantizer, bound = quantizer_of(group), group.get("radius")
         if quantizer is None and bound is not None:
             p.clamp_(-bound, bound)
-        state: State = {}
-        values = {"": wide(p)}
+        state, values = State(), {"": wide(p)}
         if quantizer is not None:
             weight = self._settle(wide(p).unsqueeze(0), whole=True)
-            state = quantizer.start(weight, math.inf if bound is None else bound)
-            latent = torch.empty_like(wide(p)).copy_(state.pop("latent")[0])
-            numbers = {key: self._settle(value.reshape(())) for key, value in state.items()}
-            state = {"latent": latent, **numbers}
+            start = quantizer.start(weight, math.inf if bound is None else bound)
+            state["latent"] = torch.empty_like(wide(p)).copy_(start.pop("latent")[0])
+            state |= {key: self._settle(value.reshape(())) for key, value in start.items()}
             values = {key: state[key] for key in ("latent", *quantizer.scales)}
         for key, value in values.items():
             prefix = "" if key in ("", "latent") else f"{key}_"
@@ -287,9 +284,7 @@ class FrankWolfe(LatentOptimizer):
                 state[f"{prefix}momentum_buffer"] = torch.zeros_like(value)
         if state:
             self.state[p] = state
-        if quantizer is not None:
-            self._quantize(group, [p])
-            self._written[p] = p._version
+        self._write(p, group)
 
     def _size(self, key: str, value: Tensor, state: State, radius: float | None) -> Tensor:
         r""":math:`\rho`, the length of a step at :math:`\eta = \gamma = 1`."""

@@ -24,40 +24,33 @@ from torch import Tensor
 from dfw_opt.variables import squares
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup as ProcessGroup
 
     from dfw_opt.lifecycle import LatentOptimizer
 else:
     ProcessGroup = getattr(dist, "ProcessGroup", type(None))  # not every torch has one
 
 __all__ = [
-    *("Ranks", "adapt", "agreed", "all_finite", "check_process_group", "is_probe", "is_sharded"),
-    *("local", "mean_loss", "place", "placed_alike", "placed_as_state", "whole"),
+    *("Ranks", "adapt", "agreed", "cut", "is_probe", "is_sharded"),
+    *("local", "mean", "place", "placed_as_state", "whole"),
 ]
 Ranks = ProcessGroup | Literal["world"] | None
 """Over which ranks a loss is averaged: all, those of a group, or no others."""
 
 
-def check_process_group(process_group: object) -> None:
-    """Raises a TypeError for what is no such argument."""
-    if process_group not in (None, "world") and not isinstance(process_group, ProcessGroup):
-        raise TypeError(f"process_group={process_group!r} is not 'world', a ProcessGroup, or None")
-
-
-def mean_loss(optimizer: "LatentOptimizer", loss: Any) -> Tensor:
-    """The mean over the ranks, the same number on all of them, where the parameters are."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    p = next((p for p in params if p.grad is not None), next(iter(params), optimizer._gamma))
-    if optimizer._gamma.device != p.device and not p.is_meta:  # its own tensors follow them
-        for name in ("_gamma", "_height", "_skipped"):
-            setattr(optimizer, name, getattr(optimizer, name).to(p.device))
-    if isinstance(loss, Tensor):
-        ell: Tensor = whole(loss.detach()).reshape(()).to(optimizer._gamma)
-    else:  # this waits for no device; and torch refuses to round what no float32 can hold
-        ell = torch.full_like(optimizer._gamma, loss if abs(loss) < 3e38 else float("inf") * loss)
-    among = optimizer.process_group  # ranks that share a parameter cannot have a step of their own
-    optimizer._ell = _mean(ell, [] if among == "world" else params, among)
-    return optimizer._ell
+def mean(optimizer: "LatentOptimizer", x: Tensor, among: Ranks) -> Tensor:
+    """The mean over some ranks, and all that have parts of the same parameters."""
+    apart = among is None or not (dist.is_available() and dist.is_initialized())
+    groups: list[Any] = [] if apart else [None if among == "world" else among]
+    if among != "world":  # ranks that share a parameter cannot have a step of their own
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for mesh in dict.fromkeys(p.device_mesh for p in params if is_sharded(p)):
+            x, groups = x.to(mesh.device_type), [*groups, *mesh.get_all_groups()]
+    for group in dict.fromkeys(groups):  # a mesh and a part of it have some in common
+        if (ranks := dist.get_world_size(group)) > 1:
+            dist.all_reduce(x := x.clone(), group=group)
+            x /= ranks
+    return x
 
 
 def is_probe(optimizer: "LatentOptimizer") -> bool:
@@ -67,11 +60,6 @@ def is_probe(optimizer: "LatentOptimizer") -> bool:
     return idle and all(g is not None and not whole(g).any() for g in gradients)
 
 
-def all_finite(x: Tensor) -> bool:
-    """Whether no part of ``x`` holds NaN or infinity; the same on all processes."""
-    return bool(whole((~x.isfinite()).sum()) == 0)
-
-
 def agreed(optimizer: "LatentOptimizer", check: Callable[[], Any]) -> Any:
     """The result of a check that sends no message. All ranks raise where one does."""
     result, error = None, None
@@ -79,8 +67,7 @@ def agreed(optimizer: "LatentOptimizer", check: Callable[[], Any]) -> Any:
         result = check()
     except Exception as raised:
         error = raised
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if _mean(torch.tensor(float(error is not None)), params):
+    if mean(optimizer, torch.tensor(float(error is not None)), among=None):
         raise error or ValueError("another rank cannot load this checkpoint, and says why")
     return result
 
@@ -92,12 +79,17 @@ def is_sharded(x: Any) -> bool:
 
 def whole(x: Any) -> Any:
     """All of ``x``, on each process."""
-    return x.full_tensor() if is_sharded(x) else x
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def local(x: Any) -> Any:
     """What this process has of ``x``."""
     return x.to_local() if is_sharded(x) else x
+
+
+def cut(x: Any) -> tuple[Any, ...]:
+    """Over which ranks ``x`` is cut, and how."""
+    return (x.device_mesh, x.placements) if is_sharded(x) else ()
 
 
 def place(p: Tensor, state: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -108,14 +100,7 @@ def place(p: Tensor, state: dict[str, Tensor]) -> tuple[Any, ...]:
         if value.device == p.device and value.dtype.itemsize >= p.dtype.itemsize:
             break  # all of a state is on one device, and of one dtype
         state[key] = value.to(p.device, torch.promote_types(value.dtype, p.dtype))
-    if is_sharded(p.grad):
-        p.grad = _settled(p.grad)  # in sequence parallelism, a sum over the ranks
-    return (p.shape, p.dtype, p.device, *_cut(p))
-
-
-def placed_alike(x: Any, other: Any) -> bool:
-    """Whether processes hold the same parts of ``x`` as of ``other``; both are sharded, or none."""
-    return _cut(x) == _cut(other)
+    return p.shape, p.dtype, p.device
 
 
 def placed_as_state(x: Tensor, p: Any) -> Tensor:
@@ -123,32 +108,21 @@ def placed_as_state(x: Tensor, p: Any) -> Tensor:
     return type(p).from_local(x, p.device_mesh) if is_sharded(p) and not is_sharded(x) else x
 
 
-def adapt(optimizer: "LatentOptimizer", p: Tensor) -> None:
+def adapt(optimizer: "LatentOptimizer", p: Any) -> None:
     """Prepares an optimizer for a parameter: for one in parts, or on another device than others."""
     if is_sharded(p) and optimizer._settle is not _settled:
-        optimizer._squares, optimizer._settle = partial(_squares, _cut(p)[0]), _settled
+        optimizer._squares, optimizer._settle = partial(_squares, p.device_mesh), _settled
+        optimizer._place = _place
         optimizer._copy = lambda to, of: [*map(Tensor.copy_, to, of)]  # type: ignore[assignment]
         optimizer._steepest = partial(_steepest, optimizer._steepest)
     if is_sharded(p) or p.device != optimizer._gamma.device:
         optimizer._gather = _gather
 
 
-def _cut(x: Any) -> tuple[Any, ...]:
-    """Over which ranks ``x`` is cut, and how."""
-    return (x.device_mesh, x.placements) if is_sharded(x) else ()
-
-
-def _mean(x: Tensor, tensors: Sequence[Any], among: Ranks = None) -> Tensor:
-    """The mean of ``x`` over some ranks, and all that have parts of the same tensors."""
-    apart = among is None or not (dist.is_available() and dist.is_initialized())
-    groups: list[Any] = [] if apart else [None if among == "world" else among]
-    for mesh in dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t)):
-        x, groups = x.to(mesh.device_type), [*groups, *mesh.get_all_groups()]
-    for group in dict.fromkeys(groups):  # a mesh and a part of it have some in common
-        if (ranks := dist.get_world_size(group)) > 1:
-            dist.all_reduce(x := x.clone(), group=group)
-            x /= ranks
-    return x
+def _place(p: Tensor, state: dict[str, Tensor]) -> tuple[Any, ...]:
+    """:func:`place`, and how it is cut. A gradient may be a sum yet to be made over the ranks."""
+    p.grad = _settled(p.grad)
+    return (*place(p, state), *cut(p))
 
 
 def _squares(mesh: Any, batch: Sequence[Any]) -> Any:
@@ -156,9 +130,9 @@ def _squares(mesh: Any, batch: Sequence[Any]) -> Any:
     from torch.distributed.tensor import DTensor, Partial
 
     x = batch[0]
-    mesh, placements = _cut(x) or (mesh, ())
-    cut = [not p.is_replicate() for p in placements] or [False] * mesh.ndim
-    copies = math.prod(n for n, parts in zip(mesh.shape, cut, strict=True) if not parts)
+    mesh, placements = cut(x) or (mesh, ())
+    parts = [not p.is_replicate() for p in placements] or [False] * mesh.ndim
+    copies = math.prod(n for n, apart in zip(mesh.shape, parts, strict=True) if not apart)
     here = squares([*map(local, batch)]) / copies
     return DTensor.from_local(here, mesh, [Partial()] * mesh.ndim, run_check=False)
 
@@ -181,10 +155,10 @@ def _gather(terms: Sequence[Any]) -> Tensor:
     """Numbers on any device, or partial sums, as one plain tensor: a message for terms alike."""
     alike: dict[Any, list[Any]] = {}
     for x in terms:
-        alike.setdefault(_cut(x), []).append(x)
+        alike.setdefault(cut(x), []).append(x)
     found = {id(x): x for x in alike.pop((), [])}
-    for cut, same in alike.items():
-        sums = type(same[0]).from_local(torch.stack([*map(local, same)]), *cut)
+    for mesh_and_sums, same in alike.items():
+        sums = type(same[0]).from_local(torch.stack([*map(local, same)]), *mesh_and_sums)
         found |= zip(map(id, same), sums.full_tensor(), strict=True)
     return torch.stack([found[id(x)].to(terms[0].device, terms[0].dtype) for x in terms])
 
@@ -195,17 +169,17 @@ def _steepest(of_whole: Callable[..., list[Tensor]], planes: list[Any]) -> list[
 
     alike: dict[Any, list[Any]] = {}
     for x, layout, present in planes:
-        alike.setdefault((layout, x.dtype, x.shape[1:], *_cut(x)), []).append((x, present))
-    for (layout, _, shape, *cut), same in alike.items():
+        alike.setdefault((layout, x.dtype, x.shape[1:], cut(x)), []).append((x, present))
+    for (layout, _, shape, placed), same in alike.items():
         parts: list[Any] = [torch.cat(xs) for xs in zip(*same, strict=True) if xs[0] is not None]
-        if cut:
+        if placed:
             last = min({"rows": 1, "stack": len(shape) - 2}.get(layout, 0), len(shape) - 1)
             goal = Shard(last) if len(shape) > 1 else Replicate()
-            there = [goal if getattr(p, "dim", 0) > last else p for p in cut[1]]
+            there = [goal if getattr(p, "dim", 0) > last else p for p in placed[1]]
             parts = [x.redistribute(placements=there) for x in parts]
         sizes = [len(x) for x, _ in same]  # and no more at once than in one process
         for own, *now in zip(*(local(x).split(sizes[0]) for x in parts), strict=True):
             own.copy_(of_whole([(own, layout, *(now or [None]))])[0])
-        D = parts[0].redistribute(placements=cut[1]) if cut else parts[0]
+        D = parts[0].redistribute(placements=placed[1]) if placed else parts[0]
         torch._foreach_copy_([local(x) for x, _ in same], local(D).split(sizes))
     return [x for x, _, _ in planes]

@@ -1,9 +1,9 @@
-"""Checks of settings, parameters and the loss: errors name the argument, its value, what to do."""
+"""Checks of settings and parameters: errors name the argument, its value, what to do."""
 
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +24,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "radius": (lambda x: x > 0, "greater than 0, or None for no box"),
     "relaxation": (lambda x: 0 <= x <= 1, "in [0, 1]"),
     "threshold": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "bits": (
-        lambda x: isinstance(x, int) and 2 <= x <= 8,
-        'a whole number from 2 to 8; for 1 bit, quantizer="binary"',
-    ),
-    "scale_groups": (lambda x: isinstance(x, int) and x >= 1, "a whole number, at least 1"),
+    "bits": (lambda x: type(x) is int and 2 <= x <= 8, 'whole, 2 to 8; for 1 bit: "binary"'),
+    "scale_groups": (lambda x: type(x) is int and x >= 1, "a whole number, at least 1"),
 }
 _CHOICES = {
     "norm": ("spectral", "euclidean"),
@@ -53,11 +50,7 @@ def check_group(
 ) -> None:
     """Checks a new group, and what the user gave for it."""
     check_settings(group, optimizer.defaults)
-    if given.get("bits") is not None and group["quantizer"] != "uniform":
-        raise ValueError(
-            f"bits={given['bits']!r} is for quantizer='uniform', but the group has "
-            f"quantizer={group['quantizer']!r}"
-        )
+    _check_bits(given.get("bits"), [group])
     _check_shared(group, optimizer.param_groups[0])
     for p in (p for p in group["params"] if p.requires_grad):
         _check_parameter(p, group)
@@ -72,21 +65,23 @@ def _check_shared(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
             )
 
 
+def _check_bits(bits: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    kinds = {str(group.get("quantizer")) for group in groups}
+    if bits is not None and "uniform" not in kinds:
+        raise ValueError(f"bits={bits!r} needs quantizer='uniform', but it is {sorted(kinds)}")
+
+
 def check_groups(optimizer: "LatentOptimizer") -> None:
     """Checks what only all groups of a new optimizer together tell."""
-    default, kind = optimizer.defaults, type(optimizer).__name__
+    _check_bits(optimizer.defaults.get("bits"), optimizer.param_groups)
     quantized = [g for g in optimizer.param_groups if g.get("quantizer") is not None]
-    if default.get("bits") is not None and all(g["quantizer"] != "uniform" for g in quantized):
-        raise ValueError(
-            f"bits={default['bits']!r} needs quantizer='uniform', but it is "
-            f"quantizer={default['quantizer']!r}"
-        )
     if quantized and not any(group["params"] for group in quantized):
         raise ValueError(
-            f"the group {quantized[0].get('name')!r} to be quantized is empty: by default "
-            "dfw_opt.param_groups leaves the first and last Conv and Linear layer in float, "
-            "and layers whose weight is computed; param_groups(model, skip=[]) leaves out "
-            f"none, and {kind}(..., quantizer=None) quantizes none"
+            f"the group {quantized[0].get('name')!r} to be quantized is empty: param_groups leaves "
+            "the first and last Conv and Linear layer in float (skip=[] leaves out none), and "
+            "every layer whose weight is computed (weight_norm, pruning), whatever skip is: remove "
+            f"the parametrization first; or {type(optimizer).__name__}(..., quantizer=None) "
+            "quantizes none"
         )
 
 
@@ -160,7 +155,7 @@ def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
             f"{where}, but on the meta device, with no values to quantize; make the model real "
             "(to_empty(), then initialise it) before the optimizer"
         )
-    if not sharding.all_finite(p):
+    if sharding.whole((~p.isfinite()).sum()):
         raise ValueError(
             f"{where} and holds NaN or infinity; initialise the model before making the optimizer"
         )
@@ -191,20 +186,6 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
         lines += [f"Parameter Group {number}: {len(group['params'])} parameters"]
         lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in idle]
     return "\n".join([f"{type(optimizer).__name__} (", *lines, ")"])
-
-
-def checked_loss(loss: Any, source: str) -> Any:
-    """A loss that can be stepped by."""
-    if not isinstance(loss, Tensor | int | float):
-        raise TypeError(f"{source} is {loss!r}; it must be a real scalar tensor or a number")
-    if isinstance(loss, Tensor) and loss.is_complex():
-        raise TypeError(f"{source} has dtype {loss.dtype}; it must be real")
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(
-            f"{source} has shape {tuple(loss.shape)}; it must be a scalar: reduce it before "
-            "backward(), for example with loss.mean()"
-        )
-    return loss
 
 
 def settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,24 +224,22 @@ def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
         optimizer._written[p] = p._version
     if optimizer._watch.active:
         optimizer._watch.clear()
-    if optimizer._late:
-        warn(optimizer._late)
-        optimizer._late = []
+    texts, optimizer._late = optimizer._late, []
     if optimizer._ell.device.type == "cpu" and -math.inf < float(optimizer._ell) < 0:
-        _warn_once(
-            optimizer,
+        texts.append(
             f"the loss is negative ({float(optimizer._ell):.3g}): a step goes to where the loss, "
             "made linear, reaches zero, so γ is 0 and nothing is learnt. Pass the loss less a "
-            "lower bound: optimizer.step(loss=loss - bound)",
+            "lower bound: optimizer.step(loss=loss - bound)"
         )
     if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
-        _warn_once(
-            optimizer,
-            "no parameter has a gradient, so that the step changed nothing; was loss.backward() "
-            "called, after optimizer.zero_grad()?",
-        )
+        texts.append("no parameter has a gradient, so nothing changed; was loss.backward() called?")
+    for text in texts:
+        if (kind := text[:12]) not in optimizer._warned:
+            warnings.warn(text, stacklevel=3)
+            optimizer._warned |= {kind} - {"a quantized "}  # of those, each
 
 
+@torch.no_grad()
 def overwritten(optimizer: "LatentOptimizer") -> list[str]:
     """Puts back Q(u) where others have written to a quantized parameter, and says so.
 
@@ -270,12 +249,10 @@ def overwritten(optimizer: "LatentOptimizer") -> list[str]:
     texts = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            version = p._version
-            if optimizer._written.get(p, version) == version or sharding.is_sharded(p):
+            if optimizer._written.get(p, p._version) == p._version or sharding.is_sharded(p):
                 continue
-            before, optimizer._written[p] = p.detach().clone(), version
-            with torch.no_grad():
-                optimizer._quantize(group, [p])
+            before = p.detach().clone()
+            optimizer._write(p, group)
             if not torch.equal(p, before):
                 texts.append(
                     f"a quantized parameter of shape {tuple(p.shape)} was changed from outside "
@@ -283,15 +260,3 @@ def overwritten(optimizer: "LatentOptimizer") -> list[str]:
                     "of it. Load weights before making the optimizer"
                 )
     return texts
-
-
-def warn(texts: list[str]) -> None:
-    """Warns of each."""
-    for text in texts:
-        warnings.warn(text, stacklevel=4)
-
-
-def _warn_once(optimizer: "LatentOptimizer", text: str) -> None:
-    if (kind := text[:20]) not in optimizer._warned:
-        optimizer._warned.add(kind)
-        warnings.warn(text, stacklevel=4)

@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfw_opt import DFW, AveragedModel, norms, param_groups, sharding
+from dfw_opt import DFW, AveragedModel, lifecycle, norms, param_groups, sharding
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = datetime.timedelta(seconds=60)
@@ -483,10 +483,10 @@ def directions(kind: Kind, world: World) -> list[str]:
                 tuple(distribute_tensor(x, mesh, places) if isinstance(x, Tensor) else x for x in p)
                 for p in planes
             ]
-            wanted = norms.steepest(planes)
-            found = sharding._steepest(norms.steepest, cut)
+            wanted = lifecycle.steepest(planes)
+            found = sharding._steepest(lifecycle.steepest, cut)
             for D, (plane, *_), one in zip(found, cut, wanted, strict=True):
-                if not (torch.allclose(whole(D), one) and sharding.placed_alike(D, plane)):
+                if not (torch.allclose(whole(D), one) and sharding.cut(D) == sharding.cut(plane)):
                     problems.append(f"{layout} {shape} {places}")
     return problems
 

@@ -201,7 +201,7 @@ class TestRefused:
             ({"closure": lambda: None}, TypeError, "closure's result is None"),
             ({"closure": lambda: numbers}, ValueError, r"\(1, 2\).*must be a scalar"),
             ({"loss": "1"}, TypeError, "loss is '1'"),
-            ({"loss": torch.ones((), dtype=torch.complex64)}, TypeError, "complex64"),
+            ({"loss": torch.ones((), dtype=torch.complex64)}, TypeError, "a real scalar tensor"),
         ]
         for arguments, error, match in cases:
             with pytest.raises(error, match=match):
