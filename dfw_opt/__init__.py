@@ -8,18 +8,7 @@ from dfw_opt.packed import PackedFileError, load_packed, save_packed
 from dfw_opt.param_groups import param_groups
 from dfw_opt.summary import summary
 
-__all__ = [
-    "DFW",
-    "AveragedModel",
-    "MultiClassHingeLoss",
-    "PackedFileError",
-    "ProjectedDFW",
-    "SignActivation",
-    "TernaryDFW",
-    "load_packed",
-    "param_groups",
-    "save_packed",
-    "summary",
-]
+__all__ = ["DFW", "AveragedModel", "MultiClassHingeLoss", "PackedFileError", "ProjectedDFW"]
+__all__ += ["SignActivation", "TernaryDFW", "load_packed", "param_groups", "save_packed", "summary"]
 
 __version__ = "0.1.0"

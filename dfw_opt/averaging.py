@@ -18,13 +18,12 @@ LAST = 10  # K of the default average
 class AveragedModel(swa_utils.AveragedModel):
     r"""``torch.optim.swa_utils.AveragedModel`` for models with quantized weights.
 
-    The average of binary weights is not binary. So latents are averaged, in the unit of the
-    weights, with the scales :math:`c\,W` and the float parameters, and the average is quantized:
-    :math:`Q(\overline{c\,u})`, never relaxed, not the mean of :math:`Q(u_t)`. By default it is over
-    about the last tenth of all steps, at any time, which stands in for a schedule:
-    :math:`\bar v \leftarrow \bar v + \frac{K}{t + K}(v - \bar v)`, :math:`K = 10`, with :math:`t`
-    values so far. ``module`` is a copy of the model with the averages: ready for use, but for the
-    running statistics of BatchNorm, which ``torch.optim.swa_utils.update_bn`` measures anew.
+    Latents are averaged, in the unit of the weights, with the scales :math:`c\,W` and the float
+    parameters, and the average is quantized: :math:`Q(\overline{c\,u})`, never relaxed; a mean of
+    :math:`Q(u_t)` would not be binary. By default it is over about the last tenth of all steps, at
+    any time, as a schedule would: :math:`\bar v \leftarrow \bar v + \frac{K}{t + K}(v - \bar v)`,
+    :math:`K = 10`, with :math:`t` values so far. ``module`` is a copy of the model with the
+    averages, ready for use but for BatchNorm's statistics (``torch.optim.swa_utils.update_bn``).
 
     Args:
         model: what ``optimizer`` trains. Call ``update_parameters(model)`` after each step.
@@ -67,8 +66,7 @@ class AveragedModel(swa_utils.AveragedModel):
     def _take(self, model: nn.Module) -> None:
         if (optimizer := self._optimizer()) is None:
             why = "the optimizer whose latents are averaged is no more, or this is a copy"
-            new = "make a new AveragedModel(model, optimizer), and load the state dict of this one"
-            raise RuntimeError(f"{why}: {new}")
+            raise RuntimeError(f"{why}: make a new AveragedModel, and load this one's state dict")
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         names = [name.replace(".", "/") for name, _ in self.module.named_parameters()]
         params = [*zip(names, self.module.parameters(), model.parameters(), strict=False)]
@@ -86,7 +84,10 @@ class AveragedModel(swa_utils.AveragedModel):
             if quantizer := quantizer_of(group):
                 values = {key: state["unit"] * state[key] for key in ("latent", *quantizer.scales)}
             if quantizer or (p.is_floating_point() and p.dtype.itemsize < 4):
-                own = {key: self._buffer(f"{name}/{key}", mine, x) for key, x in values.items()}
+                for key in (key for key in values if f"{name}/{key}" not in kept):
+                    first = values[key].to(mine.device, torch.promote_types(p.dtype, torch.float32))
+                    self.averages.register_buffer(f"{name}/{key}", first)
+                own = {key: self.averages.get_buffer(f"{name}/{key}") for key in values}
             for key, average in own.items():
                 self._average(average, values[key], count)
             if quantizer:
@@ -95,12 +96,6 @@ class AveragedModel(swa_utils.AveragedModel):
             mine.copy_(own[""])
         for buffer, value in zip(self.module.buffers(), model.buffers(), strict=True):
             self._average(buffer, value, count if self.use_buffers else 0)
-
-    def _buffer(self, name: str, mine: Tensor, value: Tensor) -> Tensor:
-        if name not in self.averages._buffers:
-            dtype = torch.promote_types(value.dtype, torch.float32)
-            self.averages.register_buffer(name, value.to(mine.device, dtype))
-        return self.averages.get_buffer(name)
 
     def _average(self, mine: Tensor, value: Tensor, count: int) -> None:
         value = value.to(mine.device, mine.dtype)

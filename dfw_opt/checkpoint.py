@@ -72,14 +72,11 @@ def _check_state(state: Any, p: Tensor, optimizer: "LatentOptimizer", group: str
     where = f"the state of a parameter of shape {tuple(p.shape)} in {group}"
     if not isinstance(state, Mapping):
         raise ValueError(f"{where} is {state!r}, not a dictionary")
-    own = optimizer.state.get(p)
-    known = {"plane_height": optimizer._height} | (own or {})
-    lacks, more = known.keys() - state.keys() - {"plane_height"}, state.keys() - known.keys()
-    if own is not None and (lacks or more):
-        raise ValueError(
-            f"{where} lacks {sorted(lacks)} and has {sorted(more)} instead; if it was frozen when "
-            "this was saved: freeze it, load, then unfreeze"
-        )
+    known = {"plane_height": optimizer._height} | optimizer.state.get(p, {})
+    lacks = sorted(known.keys() - state.keys() - {"plane_height"})
+    has = f"{where} lacks {lacks} and has {sorted(state.keys() - known.keys())} instead"
+    good = p not in optimizer.state or state.keys() | {"plane_height"} == known.keys()
+    _need(good, f"{has}; if it was frozen when this was saved: freeze it, load, then unfreeze")
     for key, value in state.items():
         has = f"{where} has {key}"
         _need(isinstance(value, Tensor), f"{has} that is a {type(value).__name__}, not a tensor")
@@ -101,16 +98,13 @@ def restore(optimizer: "LatentOptimizer", loaded: Mapping[str, Any]) -> None:
     optimizer._written.clear()
     for saved, group in zip(loaded["param_groups"], optimizer.param_groups, strict=True):
         for index, p in zip(saved["params"], group["params"], strict=True):
-            state = dict(loaded["state"].get(index, {}))
+            state = {key: value.detach() for key, value in loaded["state"].get(index, {}).items()}
             if "plane_height" in state:
                 optimizer._height.copy_(sharding.whole(state.pop("plane_height")))
-            if not state:
-                optimizer.state.pop(p, None)
-                continue
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            optimizer.state[p] = {
-                key: sharding.placed_as_state(value.detach().to(p.device, dtype, copy=True), p)
-                for key, value in state.items()
-            }
-            optimizer._write(p, group)
+            optimizer.state.pop(p, None)
+            for key, value in state.items():
+                wide = value.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
+                optimizer.state[p][key] = sharding.placed_as_state(wide, p)
+            if "latent" in state:
+                optimizer._write(p, group)
     optimizer._seen[:] = [settings(group) for group in optimizer.param_groups]

@@ -21,11 +21,15 @@ from torch.utils.hooks import RemovableHandle
 from dfw_opt import norms, sharding, validate
 from dfw_opt.checkpoint import aligned, restore
 from dfw_opt.quantizers import Quantizer, quantizer_of
-from dfw_opt.validate import USAGE
 from dfw_opt.variables import squares, stack
 from dfw_opt.watch_loss import LossWatch, loss_of
 
 __all__ = ["LatentOptimizer", "steepest"]
+
+USAGE = (
+    "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with one "
+    "that calls backward() and returns the loss, or, once, optimizer.watch_loss(criterion)"
+)
 
 
 def steepest(planes: list[norms.Plane], products: torch.dtype | None = None) -> list[Tensor]:
@@ -43,8 +47,6 @@ class LatentOptimizer(Optimizer):
     parameters hold :math:`Q(u)` from construction on and after every step.
     """
 
-    process_group: sharding.Ranks
-
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], process_group: sharding.Ranks = "world"
     ) -> None:
@@ -53,7 +55,7 @@ class LatentOptimizer(Optimizer):
             raise TypeError(f"process_group={process_group!r} is {kinds}")
         self.process_group = process_group
         self._ready: list[bool] = []  # in place, so that a wrapper's copy of it is the same
-        self._set_up({})
+        self._set_up()
         super().__init__(params, defaults)
         validate.check_groups(self)
         self.register_step_pre_hook(validate.before_step)
@@ -107,10 +109,10 @@ class LatentOptimizer(Optimizer):
     ) -> RemovableHandle:
         r"""Takes the loss from ``module``, for loops that call ``step()`` without an argument.
 
-        Whatever the loop does with the outputs :math:`\ell_k` of ``module`` before it calls
-        ``backward()`` on a result :math:`f`, as long as :math:`f` is linear in them: the step is
-        made for :math:`\sum_k \langle \partial f/\partial\ell_k, \ell_k\rangle`, the sum over
-        everything since the last step or :meth:`zero_grad`.
+        What the loop calls ``backward()`` on, :math:`f`, may be any linear function of the outputs
+        :math:`\ell_k` of ``module``: the step is made for :math:`\sum_k \langle \partial
+        f/\partial\ell_k, \ell_k\rangle`, over all since the last step or :meth:`zero_grad`. That
+        ends with ``remove()`` of the handle that is returned.
 
         Args:
             module: a criterion, or a model that returns its loss. Keep a reference to it.
@@ -118,16 +120,12 @@ class LatentOptimizer(Optimizer):
                 its ``loss``. Where that is ``None``, there is nothing to be seen.
             scaler: the gradient scaler, if one is used, for its scale is not part of the loss.
 
-        Returns:
-            A handle, whose ``remove()`` ends it.
-
         :meth:`step` with ``loss`` ignores what was seen; with a closure, it takes that rather than
         the closure's result. See :mod:`dfw_opt.watch_loss`.
 
         Raises:
-            TypeError: ``module`` is no module, ``get`` cannot be called, or ``scaler`` is no
-                ``torch.amp.GradScaler``.
-            ValueError: it is watched already.
+            TypeError: ``module``, ``get`` or ``scaler`` is not what it says.
+            ValueError: ``module`` is watched already.
         """
         return self._watch.add(module, get, scaler)
 
@@ -135,8 +133,8 @@ class LatentOptimizer(Optimizer):
     def relax(self, relaxation: float) -> None:
         r"""Sets the relaxation of all quantized groups, and their parameters to what it makes them.
 
-        Latents and momentum stay. To be called between steps. The value is kept in the groups, in
-        place of any that a group had of its own, and is that of groups that are added later.
+        Latents and momentum stay. To be called between steps. It replaces what a group had of its
+        own, and is that of groups that are added later.
 
         Args:
             relaxation: :math:`\theta`, from 1 for the float weights :math:`c\,u` to 0 for the
@@ -160,13 +158,11 @@ class LatentOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch. Each parameter's state has the height of the plane, which they share."""
-        state_dict = super().state_dict()
+        result = super().state_dict()
         if self.param_groups[0]["norm"] == "spectral":
-            state_dict["state"] = {
-                index: state | {"plane_height": self._height.clone()}
-                for index, state in state_dict["state"].items()
-            }
-        return state_dict
+            states = result["state"].items()
+            result["state"] = {i: s | {"plane_height": self._height.clone()} for i, s in states}
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint, see :meth:`torch.optim.Optimizer.load_state_dict`.
@@ -209,7 +205,7 @@ class LatentOptimizer(Optimizer):
         if "_written" in self.__dict__:  # torch does this when it loads a checkpoint
             super().__setstate__(state)
             return
-        self._set_up(state)
+        self._set_up()
         super().__setstate__(state)
         self.register_step_pre_hook(validate.before_step)
         self.register_step_post_hook(validate.after_step)
@@ -221,22 +217,17 @@ class LatentOptimizer(Optimizer):
                     self._written[p] = p._version
 
     @torch.inference_mode(False)
-    def _set_up(self, tensors: dict[str, Any]) -> None:
-        """What a new optimizer and a copy have alike."""
+    def _set_up(self) -> None:
+        """What a new optimizer and a copy begin with."""
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        nan = torch.full((), math.nan, dtype=dtype)
-        self._gamma: Tensor = tensors.get("_gamma", nan)
-        self._height: Tensor = tensors.get("_height", nan.clone())
-        """Of the plane where the last step ended; NaN before the first one."""
-        self._skipped: Tensor = tensors.get("_skipped", torch.zeros((), dtype=torch.int64))
-        self._ell: Tensor = nan.clone()
+        nan = partial(torch.full, (), math.nan, dtype=dtype)
+        self._gamma, self._height, self._ell = nan(), nan(), nan()
+        self._skipped = torch.zeros((), dtype=torch.int64)
         self._watch = LossWatch(self)
-        self._written: dict[Tensor, int] = {}
-        """At which version of its tensor a quantized parameter was last written."""
+        self._written = dict[Tensor, int]()  # at which version a quantized parameter was written
+        self._seen: list[dict[str, Any]] = []  # the settings of each group that have been checked
         self._warned: set[str] = set()
         self._late: list[str] = []
-        self._seen: list[dict[str, Any]] = []
-        """The settings of each group that have been checked."""
         # How the core computes. sharding.adapt() has others of these.
         self._place: Callable[..., Any] = sharding.place
         self._gather: Callable[[list[Tensor]], Tensor] = torch.stack
@@ -297,13 +288,11 @@ class LatentOptimizer(Optimizer):
     def _start_group(self, group: dict[str, Any]) -> None:
         for p in group["params"]:
             sharding.adapt(self, p)
-            if not p.requires_grad:
-                continue
-            dtype = torch.promote_types(self._gamma.dtype, p.dtype)
-            self._gamma, self._height = self._gamma.to(dtype), self._height.to(dtype)
-            # What is frozen, or on the meta device, is left alone until it has a gradient.
-            if p.numel() and not p.is_meta:
-                self._start(p, group)
+            if p.requires_grad:
+                dtype = torch.promote_types(self._gamma.dtype, p.dtype)
+                self._gamma, self._height = self._gamma.to(dtype), self._height.to(dtype)
+                if p.numel() and not p.is_meta:  # what is not, has its state when it has a gradient
+                    self._start(p, group)
         self._seen.append(validate.settings(group))
 
     def _write(self, p: Tensor, group: dict[str, Any]) -> None:

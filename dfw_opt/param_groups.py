@@ -9,12 +9,10 @@ from torch import Tensor, nn
 __all__ = ["param_groups"]
 
 _log = logging.getLogger(__name__)
-
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _FLOAT: dict[str, Any] = {"name": "float", "quantizer": None, "radius": None, "layout": "matrix"}
-
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
@@ -26,11 +24,10 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
     convolutions, whose output channels lie along the second dimension, have groups of their own.
     All else is in groups with ``quantizer=None, radius=None``, plain :class:`~dfw_opt.DFW`:
     ``"float"``; ``"embedding"``, tables that are stepped row by row; ``"stack"``, parameters of
-    three or more dimensions that no convolution has, such as experts, each a matrix of its own.
-    A weight that another kind of module shares (a tied embedding) is float; frozen ones are sorted
-    like all others. The logger ``dfw_opt.param_groups`` lists the groups at level INFO, and warns
-    of matrices that cannot be quantized: attention's ``in_proj_weight``, recurrent weights, stacked
-    experts, and weights that are computed (pruned, parametrized).
+    three or more dimensions that no convolution has, such as experts, each a matrix of its own. A
+    weight that another kind of module shares (a tied embedding) is float. The logger
+    ``dfw_opt.param_groups`` lists the groups at level INFO, and warns of matrices that cannot be
+    quantized: attention's ``in_proj_weight``, recurrent weights, experts, and computed weights.
 
     Args:
         model: the model, its parameters in place.
@@ -73,8 +70,7 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
     first = {"name": "quantized", "params": [], "param_names": []}
     groups: dict[Any, dict[str, Any]] = {(("name", "quantized"),): first}
     for name, p in model.named_parameters():
-        kinds = uses[p]
-        use = _FLOAT if len(kinds) > 1 else dict(*kinds)
+        use = _FLOAT if len(uses[p]) > 1 else dict(*uses[p])
         group = groups.setdefault(tuple(use.items()), {**use, "params": [], "param_names": []})
         group["params"].append(p)
         group["param_names"].append(name)
@@ -101,10 +97,8 @@ def _skipped(layers: dict[str, nn.Module], skip: Skip | None) -> set[str]:
     if skip is None:
         return {*names[:1], *names[-1:]}
     if isinstance(skip, type | nn.Module):
-        raise TypeError(
-            f"skip={skip!r} must be names, or a predicate such as "
-            "lambda name, module: isinstance(module, nn.Linear)"
-        )
+        say = "lambda name, module: isinstance(module, nn.Linear)"
+        raise TypeError(f"skip={skip!r} must be names, or a predicate such as {say}")
     if callable(skip):
         return {name for name, layer in layers.items() if skip(name, layer)}
     skipped: set[str] = set()
@@ -114,8 +108,6 @@ def _skipped(layers: dict[str, nn.Module], skip: Skip | None) -> set[str]:
         prefix = wanted.removesuffix(".weight")
         matches = {name for name in layers if name == prefix or name.startswith(f"{prefix}.")}
         if not matches:
-            raise ValueError(
-                f"skip: {wanted!r} matches no Conv or Linear layer of the model; it has {names}"
-            )
+            raise ValueError(f"skip: {wanted!r} matches no Conv or Linear layer; there are {names}")
         skipped |= matches
     return skipped

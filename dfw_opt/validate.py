@@ -38,11 +38,6 @@ FIXED = ("norm", "quantizer", "layout", "scale_axis", "scale_groups")
 _HOMES = {"threshold": "TernaryDFW", "bits": "ProjectedDFW"} | dict.fromkeys(
     ("quantizer", "radius", "step_size", "relaxation"), "ProjectedDFW or TernaryDFW"
 )
-USAGE = (
-    "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with a "
-    "closure that calls backward() and returns the loss, or optimizer.watch_loss(criterion) once "
-    "where the loop that calls step() is not yours"
-)
 
 
 def check_group(

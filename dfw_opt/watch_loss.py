@@ -1,8 +1,6 @@
-r"""The loss that a loop backpropagates, for loops that call ``step()`` without an argument.
+"""The loss that a loop backpropagates, for loops that call ``step()`` without an argument.
 
-If f is linear in the losses, it is :math:`\sum_k\langle\partial f/\partial\ell_k, \ell_k\rangle`. A
-term counts when a parameter of the optimizer next gets a gradient, if its loss's graph has one.
-
+A term counts when a parameter of the optimizer next gets a gradient, if its loss's graph has one.
 Not right: a watched module in another (both count); a criterion alone in a reentrant checkpoint (it
 is not seen); gradients that others than the optimizer set to 0, not ``None`` (the sum goes on); two
 ``backward()`` at once, by threads; a loss whose gradient went elsewhere (``torch.autograd.grad()``,
@@ -49,7 +47,7 @@ class LossWatch:
 
     def value(self, name: str) -> torch.Tensor:
         if self._terms:
-            return sum((term.to(self._terms[0]) for term in self._terms[1:]), self._terms[0])
+            return torch.stack([term.to(self._terms[0]) for term in self._terms]).sum()
         why = "no watched loss has been part of a backward() since the last step or zero_grad()"
         for kind in (kind for kind, known in self._modules.values() if known() is None):
             why = f"the watched {kind} is no more: keep a reference to it, and call that one"
