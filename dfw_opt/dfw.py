@@ -21,20 +21,21 @@ class DFW(FrankWolfe):
     .. math::
 
         \begin{aligned}
-        &m \leftarrow \mu m + (1 - \mu)\,\delta, \qquad
-            h \leftarrow \mu h_\text{left} + (1 - \mu)\,\ell\\
-        &D = \rho\,\sqrt{\max(\text{rows}, \text{columns})}\;UV^\top,
-            \qquad U\Sigma V^\top = \mu m + (1 - \mu)\,\delta\\
-        &\gamma = \operatorname{clip}_{[0,1]} \frac{h - \sum\eta\langle m, \lambda v\rangle}
-            {\sum\eta\langle m, D\rangle + \varepsilon} \qquad\text{one for all parameters}\\
-        &h_\text{left} = \max\bigl(0,\ h - \textstyle\sum\eta\langle m, \lambda v\rangle
-            - \gamma\sum\eta\langle m, D\rangle\bigr)\\
-        &v \leftarrow v - \eta\,(\lambda v + \gamma D)
+        m &\leftarrow \mu m + (1 - \mu)\,\delta \\
+        h &\leftarrow \mu h_\text{left} + (1 - \mu)\,\ell \\
+        U\Sigma V^\top &= \mu m + (1 - \mu)\,\delta \\
+        D &= \rho\,\sqrt{\max(\text{rows}, \text{columns})}\;UV^\top \\
+        \gamma &= \operatorname{clip}_{[0,1]} \frac{h - \sum\eta\langle m, \lambda v\rangle}
+            {\sum\eta\langle m, D\rangle + \varepsilon} \\
+        h_\text{left} &= \max\bigl(0,\ h - \textstyle\sum\eta\langle m, \lambda v\rangle \\
+        &\qquad - \gamma\textstyle\sum\eta\langle m, D\rangle\bigr) \\
+        v &\leftarrow v - \eta\,(\lambda v + \gamma D)
         \end{aligned}
 
-    and :math:`D = \rho\,g/\operatorname{rms}(g)` for vectors. The size :math:`\rho` of a matrix is
-    its root mean square at the start, at least :math:`0.1/\sqrt{\text{fan in}}`; that of a vector
-    :math:`0.1 \max(1, \operatorname{rms})`. With ``norm="euclidean"``, the paper's algorithm:
+    with one :math:`\gamma` for all; :math:`D = \rho\,g/\operatorname{rms}(g)` for vectors. The size
+    :math:`\rho` of a matrix is its root mean square at the start, at least
+    :math:`0.1/\sqrt{\text{fan in}}`; that of a vector :math:`0.1 \max(1, \operatorname{rms})`. With
+    ``norm="euclidean"``, the paper's algorithm:
 
     .. math::
 

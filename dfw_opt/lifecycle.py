@@ -1,8 +1,7 @@
 r"""What surrounds the steps of an optimizer with latents: groups, checkpoints, copies, the loss.
 
-The life of a state: it begins when the optimizer is made (for a frozen parameter, with its first
-gradient), follows the model to another device, goes into a checkpoint and comes back from one in
-the dtype that it had.
+A state begins when the optimizer is made (for a frozen parameter, with its first gradient), follows
+the model to another device, and comes back from a checkpoint in the dtype that it had.
 """
 
 import math
@@ -43,8 +42,8 @@ def steepest(planes: list[norms.Plane], products: torch.dtype | None = None) -> 
 class LatentOptimizer(Optimizer):
     r"""A :class:`torch.optim.Optimizer` whose parameters may hold quantized latents.
 
-    What it keeps for a parameter is float32 or wider, and there from construction on. Quantized
-    parameters hold :math:`Q(u)` from construction on and after every step.
+    What it keeps for a parameter is float32 or wider, and there from construction on, as
+    :math:`Q(u)` is in quantized parameters.
     """
 
     def __init__(
@@ -194,10 +193,8 @@ class LatentOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch's own keeps three attributes only.
         if not isinstance(self.process_group, str | None):
-            raise TypeError(
-                "an optimizer with a process group of its own cannot be copied or pickled; save "
-                "optimizer.state_dict(), and give the process_group to a new optimizer"
-            )
+            how = "give the process_group to a new optimizer, and load the state_dict() of this one"
+            raise TypeError(f"a process group cannot be copied or pickled; {how}")
         own = ("process_group", "_ready", "_gamma", "_skipped", "_height")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 

@@ -58,8 +58,7 @@ LEAST_SIZE = 0.1
 start: :math:`1/\\sqrt{\\text{fan in}}`."""
 
 LATENT_SIZE = 0.5
-"""The length of a step of latents, in units of what the box leaves of [-1, 1]: what counts is how
-far they have to go to flip, not how their start is distributed."""
+"""The length of a step of latents, in units of what the box leaves of [-1, 1], the way to flip."""
 
 _ALIKE = (
     *("lr", "weight_decay", "momentum", "quantizer", "bits", "threshold", "relaxation"),
@@ -78,10 +77,7 @@ class Batch(NamedTuple):
 
 
 class FrankWolfe(LatentOptimizer):
-    r"""Base of :class:`~dfw_opt.DFW`, :class:`~dfw_opt.ProjectedDFW`, :class:`~dfw_opt.TernaryDFW`.
-
-    See :class:`~dfw_opt.lifecycle.LatentOptimizer` for what it shares with other optimizers.
-    """
+    """The step that :class:`~dfw_opt.DFW` and the other two have in common."""
 
     @overload  # type: ignore[override]
     def step(self, closure: None = None, *, loss: Tensor | float) -> Tensor | float: ...
@@ -110,12 +106,9 @@ class FrankWolfe(LatentOptimizer):
             The loss, as it was passed or returned; ``None`` if it was watched.
 
         Raises:
-            TypeError: both of ``closure`` and ``loss`` were given, or neither and none is watched;
-                or the loss is not a number.
-            ValueError: the loss is not a scalar; or a setting of a group has been changed to what
-                it may not be.
-            RuntimeError: a gradient is sparse; or the watched module has taken part in no
-                ``backward()`` since the last step.
+            TypeError: the loss is not real, or none is given or watched, or closure and loss are.
+            ValueError: the loss is not a scalar; or a setting has been changed to a bad one.
+            RuntimeError: a gradient is sparse; or a watched module has seen no ``backward()``.
 
         A loss or gradient that is NaN or infinite, or too large for its square to be finite, skips
         the step: nothing changes, ``gamma`` is NaN and ``skipped_steps`` grows by one.
@@ -246,9 +239,8 @@ class FrankWolfe(LatentOptimizer):
         r"""Writes :math:`Q(u)` into the model.
 
         Latents that crowd at the bounds, so that their levels can grow no more, get twice the unit
-        first; :math:`c\,u`, its momentum and its steps stay what they were, to the bit. Crowded is
-        a mean of :math:`|u|` above :math:`\tfrac34 R`: at random in the box it is
-        :math:`\tfrac12 R`.
+        first; :math:`c\,u`, its momentum and its steps stay the same, to the bit. Crowded is a mean
+        of :math:`|u|` above :math:`\tfrac34 R`: at random in the box it is :math:`\tfrac12 R`.
         """
         if quantizer.leveled and group["radius"] is not None:
             states = [self.state[p] for p in params]

@@ -1,14 +1,13 @@
 r"""Several processes: data parallel training, and parameters in parts (DTensors: FSDP2, HSDP, TP).
 
-Data parallel training averages the gradients, so they are those of the ranks' mean loss, and
-:math:`\gamma` needs its value: a rank that took its own would drift away from the others.
+Data parallel training averages the gradients: they are those of the ranks' mean loss, by which
+:math:`\gamma` has to go too, or ranks would drift apart.
 
 An operation on a DTensor is one on the whole tensor and communicates by itself, so the core is
 written as for one process. :func:`adapt` puts in what differs: partial sums are settled before
 Python or a plain tensor sees them, in one message for all terms alike; latents of which a rank
 would hold nothing are made whole for their maximum; and matrices of one shape are dealt out to be
 orthogonalised, by an all-to-all, and come back by another (torch has none on CPUs but gathers).
-
 Python decides only by numbers that are the same on all processes, or some would wait for others.
 """
 

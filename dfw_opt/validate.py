@@ -54,10 +54,8 @@ def check_group(
 def _check_shared(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     for name in ("norm", "eps", "momentum")[: 3 if group["norm"] == "spectral" else 2]:
         if group[name] != first[name]:
-            raise ValueError(
-                f"{name}={group[name]!r} differs from the first group's {first[name]!r}, but "
-                "counts once for all groups; give it to the optimizer"
-            )
+            differs = f"{name}={group[name]!r} differs from the first group's {first[name]!r}"
+            raise ValueError(f"{differs}, but counts once for all; give it to the optimizer")
 
 
 def _check_bits(bits: Any, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -89,10 +87,8 @@ def check_settings(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         if not (name in ("radius", "bits") and group[name] is None):
             _check_number(name, group[name], *_RANGES[name])
     for choice in _CHOICES.keys() & known.keys():
-        if group.get(choice) not in _CHOICES[choice]:
-            raise ValueError(
-                f"{choice}={group.get(choice)!r} must be one of {list(_CHOICES[choice])}"
-            )
+        if (value := group.get(choice)) not in _CHOICES[choice]:
+            raise ValueError(f"{choice}={value!r} must be one of {list(_CHOICES[choice])}")
     axes = group.get("scale_axis", 0)
     axes = axes if isinstance(axes, tuple) else (axes,)
     if not axes or any(type(axis) is not int or axis < 0 for axis in axes):
@@ -124,45 +120,33 @@ def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning:
 def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
     where, name = f"a parameter of shape {tuple(p.shape)}", group.get("quantizer")
     if not p.is_floating_point():
-        raise TypeError(
-            f"{where} has dtype {p.dtype}; only real floating-point parameters can be trained"
-        )
+        raise TypeError(f"{where} has dtype {p.dtype}; it must be real floating point, or frozen")
     if getattr(p, "_fsdp_flattened", False):
-        raise TypeError(
-            f"{where} is a piece of several that FullyShardedDataParallel has joined; shard the "
-            "model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
-        )
+        how = "torch.distributed.fsdp.fully_shard (FSDP2)"
+        raise TypeError(f"{where} is flattened by FullyShardedDataParallel; shard with {how}")
     if (quantizer := quantizer_of(group)) is None:
         return
     where, sharded = f"{where} is in a group with quantizer={name!r}", sharding.is_sharded(p)
     if p.dim() < 2 or max(quantizer.axis, default=0) >= p.dim():
-        raise ValueError(
-            f"{where} and scale_axis={group['scale_axis']!r}, which needs at least 2 dimensions; "
-            "leave biases and norms in a float group, as dfw_opt.param_groups(model) does"
-        )
+        how = "leave biases and norms in a float group, as dfw_opt.param_groups(model) does"
+        axis = f"scale_axis={group['scale_axis']!r}"
+        raise ValueError(f"{where} and {axis}, which needs at least 2 dimensions; {how}")
     if p.shape[0] % quantizer.groups or (sharded and quantizer.groups > 1):
-        raise ValueError(
-            f"{where} and scale_groups={quantizer.groups}, which must divide its first dimension, "
-            "and be 1 if it is sharded"
-        )
+        need = "must divide its first dimension, and be 1 if it is sharded"
+        raise ValueError(f"{where} and scale_groups={quantizer.groups}, which {need}")
     if p.is_meta:
-        raise ValueError(
-            f"{where}, but on the meta device, with no values to quantize; make the model real "
-            "(to_empty(), then initialise it) before the optimizer"
-        )
+        how = "call to_empty() and initialise the model before making the optimizer"
+        raise ValueError(f"{where}, but on the meta device, without values; {how}")
     if sharding.whole((~p.isfinite()).sum()):
-        raise ValueError(
-            f"{where} and holds NaN or infinity; initialise the model before making the optimizer"
-        )
+        raise ValueError(f"{where} and holds NaN or infinity; initialise it before the optimizer")
     levels = {"binary": 2, "ternary": 3}.get(str(name), 2 ** (group.get("bits") or 1))
     if sharded or p.numel() < 8 * levels:
         return
     channels = p.numel() // quantizer.channel_size(p.detach().unsqueeze(0))
     if 1 < torch.unique(p.detach()).numel() <= min(p.numel() // 4, channels * levels):
         warnings.warn(
-            f"{where} and quantized already, so the latents start at its levels, far from where "
-            "they could flip. If this is a second optimizer for the same model, make the model "
-            "anew first, or load the state of the first one",
+            f"{where} and quantized already, so latents would start far from where they can flip. "
+            "For a second optimizer make the model anew, or load the state of the first one",
             stacklevel=7,
         )
 
@@ -171,13 +155,12 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     """As torch's ``repr()``, without the options that a group has no use for."""
     lines = []
     for number, group in enumerate(optimizer.param_groups):
-        name, norm = group.get("quantizer"), group.get("norm")
-        idle = {"params", "param_names"} | ({"step_size"} if norm == "spectral" else {"layout"})
+        name, spectral = group.get("quantizer"), group.get("norm") == "spectral"
+        idle = {key for kind, (_, keys) in QUANTIZERS.items() for key in keys if kind != name}
+        idle |= {"params", "param_names", "step_size" if spectral else "layout"}
         if name is None:
             idle |= {"relaxation", "scale_axis", "scale_groups"}
             idle |= set() if group.get("radius") else {"step_size"}
-        own = QUANTIZERS[name][1] if name in QUANTIZERS else ()
-        idle |= {key for _, keys in QUANTIZERS.values() for key in keys} - {*own}
         lines += [f"Parameter Group {number}: {len(group['params'])} parameters"]
         lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in idle]
     return "\n".join([f"{type(optimizer).__name__} (", *lines, ")"])
@@ -197,11 +180,9 @@ def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
         if any(group.get(k) is not x and settings(group) != seen for k, x in seen.items()):
             check_settings(group, optimizer.defaults)
             for name in FIXED:
-                if group.get(name) != seen[name]:
-                    raise ValueError(
-                        f"{name}={group.get(name)!r} was {seen[name]!r}: it cannot change once it "
-                        "has been chosen; make a new optimizer"
-                    )
+                if (value := group.get(name)) != seen[name]:
+                    was = f"{name}={value!r} was {seen[name]!r}"
+                    raise ValueError(f"{was} and cannot change; make a new optimizer")
             _check_shared(group, optimizer.param_groups[0])
             seen |= settings(group)
         for p in group["params"]:
@@ -238,8 +219,7 @@ def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
 def overwritten(optimizer: "LatentOptimizer") -> list[str]:
     """Puts back Q(u) where others have written to a quantized parameter, and says so.
 
-    Parameters in parts are not looked at: to compare them all ranks are needed, and one rank alone
-    may have been written to.
+    Parameters in parts are left out: all ranks would have to compare, one may have been changed.
     """
     texts = []
     for group in optimizer.param_groups:
@@ -250,8 +230,7 @@ def overwritten(optimizer: "LatentOptimizer") -> list[str]:
             optimizer._write(p, group)
             if not torch.equal(p, before):
                 texts.append(
-                    f"a quantized parameter of shape {tuple(p.shape)} was changed from outside "
-                    "since the last step. The change is lost: the optimizer's latents know nothing "
-                    "of it. Load weights before making the optimizer"
+                    f"a quantized parameter of shape {tuple(p.shape)} was changed from outside: "
+                    "its latents have undone that. Load weights before making the optimizer"
                 )
     return texts

@@ -47,7 +47,7 @@ class LossWatch:
 
     def value(self, name: str) -> torch.Tensor:
         if self._terms:
-            return torch.stack([term.to(self._terms[0]) for term in self._terms]).sum()
+            return sum((term.to(self._terms[0]) for term in self._terms[1:]), self._terms[0])
         why = "no watched loss has been part of a backward() since the last step or zero_grad()"
         for kind in (kind for kind, known in self._modules.values() if known() is None):
             why = f"the watched {kind} is no more: keep a reference to it, and call that one"

@@ -10,10 +10,10 @@ trained in the same step as the latent. With :math:`g` the gradient at :math:`Q(
 
 .. math::
 
-    \delta_{W_p} &= c \sum_{u > \Delta} g, & M &= c^2 n_+, \\
-    \delta_{W_n} &= -c \sum_{u < -\Delta} g, & M &= c^2 n_-, \\
-    \delta_{u} &= c\,(W_p\,g,\ g,\ W_n\,g) \text{ in the three zones},
-        & M &= c^2\,(n_+ W_p^2 + n_0 + n_- W_n^2) / n,
+    \delta_{W_p} &= c \sum_{u > \Delta} g, \quad M = c^2 n_+, \\
+    \delta_{W_n} &= -c \sum_{u < -\Delta} g, \quad M = c^2 n_-, \\
+    \delta_{u} &= c\,(W_p\,g,\ g,\ W_n\,g) \text{ in the three zones}, \\
+    M &= c^2\,(n_+ W_p^2 + n_0 + n_- W_n^2) / n,
 
 with :math:`n_+, n_0, n_-` the numbers of weights in the zones, :math:`n` their sum. So a scale
 moves by the *mean* gradient of its zone. No gradient flows through :math:`\Delta`.
