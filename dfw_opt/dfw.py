@@ -51,7 +51,6 @@ class DFW(FrankWolfe):
             the Euclidean norm the paper's proximal coefficient, the largest learning rate.
         momentum: :math:`\mu \in [0, 1)`. In the spectral norm that of the plane, one for all.
         weight_decay: :math:`\lambda \ge 0`; on a latent it acts on :math:`u`, on scales not at all.
-            Not written into ``.grad``, and not part of the loss that is passed to ``step``.
         eps: :math:`\varepsilon \ge 0`, one for all groups.
         norm: ``"spectral"`` or ``"euclidean"``, one for all groups.
         process_group: over which ranks the loss is averaged: ``"world"``, all, if there are others
@@ -94,8 +93,7 @@ class ProjectedDFW(FrankWolfe):
     parameter holds :math:`Q(u)`, for binary weights :math:`c\,a\,\operatorname{sign}(u)`, from
     construction on and after every step; its normalised latent :math:`u` is
     ``optimizer.state[p]["latent"]``, in float32. A step is that of :class:`DFW`, with gradients
-    pulled back to the latents (:mod:`dfw_opt.quantizers`) and projected onto the box. In the
-    Euclidean norm the box takes part in :math:`\gamma` (:mod:`dfw_opt.step_size`). A frozen
+    pulled back to the latents (:mod:`dfw_opt.quantizers`) and projected onto the box. A frozen
     parameter is left alone until it has a gradient. Other arguments and errors: see :class:`DFW`.
 
     Args:
@@ -104,8 +102,8 @@ class ProjectedDFW(FrankWolfe):
         bits: of a ``"uniform"`` weight, 2 to 8 (``None``: 4): :math:`2^\text{bits} - 1` levels.
         radius: :math:`R > 0` of the box, or ``None``. Together, ``quantizer=None, radius=None``
             make a group plain :class:`DFW`, as norms need.
-        step_size: in the Euclidean norm: ``"exact"`` solves for :math:`\gamma` over the box;
-            ``"closed_form"`` takes that of :class:`DFW`, as if there were none, and projects.
+        step_size: in the Euclidean norm: ``"exact"`` solves for :math:`\gamma` over the box
+            (:mod:`dfw_opt.step_size`); ``"closed_form"`` takes that of :class:`DFW`, and projects.
         relaxation: :math:`\theta \in [0, 1]`, above 0 to start with float weights: ``relax()``.
 
     Raises:
@@ -146,9 +144,8 @@ class TernaryDFW(FrankWolfe):
     latent :math:`u`, as in :class:`ProjectedDFW`, and the scales :math:`W_p` (``"scale_pos"``) and
     :math:`W_n` (``"scale_neg"``), all trained by the step of that class with one :math:`\gamma`.
     Scales are at least 0.001 and need no learning rate of their own: in the spectral norm they move
-    by a tenth of their first value at most, in the Euclidean norm, in the metric of the weights, by
-    the mean gradient of their zone (:mod:`dfw_opt.quantizers.ternary`). Other arguments (without
-    ``bits``) and errors: see :class:`ProjectedDFW`.
+    by a tenth of their first value at most, in the Euclidean norm by :mod:`their metric
+    <dfw_opt.quantizers.ternary>`. Other arguments (not ``bits``), errors: :class:`ProjectedDFW`.
 
     Args:
         quantizer: ``"ternary"``, ``"binary"`` or ``None``, as there.

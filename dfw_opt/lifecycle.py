@@ -83,9 +83,7 @@ class LatentOptimizer(Optimizer):
         """Adds a copy of a group, see :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            TypeError: a parameter is not real floating point, or flattened by FSDP1.
-            ValueError: a hyper-parameter is out of range, or differs from the other groups' where
-                one counts for all, or a parameter does not suit its quantizer.
+            TypeError, ValueError: as of the constructor; or what counts once for all differs.
         """
         given = dict(param_group) if isinstance(param_group, dict) else param_group
         super().add_param_group(given)
@@ -194,7 +192,7 @@ class LatentOptimizer(Optimizer):
         # torch's own keeps three attributes only.
         if not isinstance(self.process_group, str | None):
             how = "give the process_group to a new optimizer, and load the state_dict() of this one"
-            raise TypeError(f"a process group cannot be copied or pickled; {how}")
+            raise TypeError(f"a process group of its own cannot be copied or pickled; {how}")
         own = ("process_group", "_ready", "_gamma", "_skipped", "_height")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 

@@ -88,12 +88,7 @@ class FrankWolfe(LatentOptimizer):
     @overload
     def step(self) -> None: ...
     @torch.no_grad()
-    def step(
-        self,
-        closure: Callable[[], Tensor | float | None] | None = None,
-        *,
-        loss: Tensor | float | None = None,
-    ) -> Tensor | float | None:
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         """Performs one step. With neither argument the loss is that of :meth:`watch_loss`.
 
         Args:

@@ -1,8 +1,7 @@
 r"""The step size: the share :math:`\gamma` of the full step at which the plane reaches zero.
 
-A loss is not negative, so the plane that stands for it is cut off at zero, and a step goes no
-farther. Within a ball that is a small convex problem for all variables at once, whose dual has one
-variable, :math:`\gamma \in [0, 1]`, and a slope that says how much of the plane is left:
+A step is a small convex problem for all variables at once, whose dual has a single variable,
+:math:`\gamma \in [0, 1]`, and a slope that says how much of the plane is left:
 
 .. math::
 

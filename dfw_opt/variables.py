@@ -56,14 +56,11 @@ class Variable:
     r"""Tensors of one shape that are trained alike.
 
     Attributes:
-        values: :math:`v`, moved in place.
-        directions: :math:`D`, for each value, float32 or wider.
-        planes: :math:`m`, for each value.
-        lr: :math:`\eta`.
-        weight_decay: :math:`\lambda`.
+        values, directions, planes: :math:`v`, moved in place, :math:`D` and :math:`m`; these are
+            float32 or wider.
+        lr, weight_decay, momentum: :math:`\eta`, :math:`\lambda`, and :math:`\mu` of :math:`z`.
         lower, upper: the bounds of the values.
-        momentum: :math:`\mu`, of :math:`z`.
-        velocities: :math:`z`, for each value; none where momentum is in the plane, or 0.
+        velocities: :math:`z`; none where momentum is in the plane, or 0.
         alike: what variables have in common that are moved at once.
         searched: whether the step size sees the bounds.
         product: :math:`\langle m, D\rangle`, 0-dim, where that is known.
@@ -83,9 +80,7 @@ class Variable:
     product: Tensor | None = None
 
     def dual_terms(self) -> tuple[Tensor | None, Tensor]:
-        r""":math:`\eta\langle m, \lambda v\rangle`, if there is decay, and
-        :math:`\eta\langle m, D\rangle`: what they take from the plane, 0-dim.
-        """
+        r""":math:`\eta\langle m, \lambda v\rangle`, if any, and :math:`\eta\langle m, D\rangle`."""
         decay, product = None, self.product
         if product is None:
             product = (stack(self.planes) * stack(self.directions)).sum()

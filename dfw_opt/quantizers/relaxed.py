@@ -4,7 +4,6 @@ With the relaxation :math:`\theta` of its group, from 1 for float weights to 0, 
 
 .. math:: Q_\theta(u) = (1 - \theta)\,Q(u) + \theta\,c\,u .
 
-The network gets used to its levels while :math:`\theta` falls; latents and their momentum stay.
 **The pull-back** of the gradient :math:`g` at :math:`Q_\theta(u)` mixes in the same way that of the
 quantizer, :math:`\delta`, and that of :math:`c\,u`; so do their lengths, the roots of the metric:
 
