@@ -33,8 +33,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
     Raises:
         TypeError: ``optimizer`` is none of this package.
-        ValueError: it trains no part of ``model``, or a model that is passed to
-            ``update_parameters`` is not the one that the average was made of.
+        ValueError: it trains no part of ``model``, or ``update_parameters`` is given another model.
         RuntimeError: in ``update_parameters``: the optimizer is no more, or this is a copy.
 
     The state dict has the averages of latents, and in float32 those of half precision parameters.

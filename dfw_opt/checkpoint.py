@@ -1,7 +1,7 @@
 """Whether a checkpoint is one of this optimizer, for these parameters: decided before loading."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,23 +9,13 @@ from torch import Tensor
 from dfw_opt import sharding
 from dfw_opt.validate import FIXED, check_settings, settings
 
-if TYPE_CHECKING:
-    from dfw_opt.lifecycle import LatentOptimizer
-
 __all__ = ["aligned", "restore"]
 
-_PLACED = (
-    "that is not sharded as the parameter is; load it with torch.distributed.checkpoint.state_dict."
-    "set_optimizer_state_dict (StateDictOptions(full_state_dict=True) if it is whole)"
-)
+_HOW = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
 
 
-def aligned(incoming: Mapping[str, Any], optimizer: "LatentOptimizer") -> dict[str, Any]:
-    """A state dict with its parameters in the order of the optimizer's groups. Sends no message.
-
-    Raises:
-        ValueError: it is not a state dict, or of another optimizer, or of other parameters.
-    """
+def aligned(incoming: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """A state dict in the order of the optimizer's groups, or a ValueError. Sends no message."""
     theirs, states = incoming.get("param_groups"), incoming.get("state")
     if not isinstance(theirs, list) or not isinstance(states, dict):
         keys = sorted(map(str, incoming))
@@ -46,7 +36,7 @@ def _need(condition: Any, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
-def _aligned(saved: Any, group: dict[str, Any], optimizer: "LatentOptimizer", where: str) -> Any:
+def _aligned(saved: Any, group: dict[str, Any], optimizer: Any, where: str) -> Any:
     """``saved``, in the order of ``group`` where both have names."""
     good = isinstance(saved, dict) and isinstance(saved.get("params"), list)
     _need(good, f"{where} is none: it lacks 'params'")
@@ -68,7 +58,7 @@ def _aligned(saved: Any, group: dict[str, Any], optimizer: "LatentOptimizer", wh
     return saved | {"params": [index[name] for name in ours], "param_names": ours}
 
 
-def _check_state(state: Any, p: Tensor, optimizer: "LatentOptimizer", group: str) -> None:
+def _check_state(state: Any, p: Tensor, optimizer: Any, group: str) -> None:
     where = f"the state of a parameter of shape {tuple(p.shape)} in {group}"
     if not isinstance(state, Mapping):
         raise ValueError(f"{where} is {state!r}, not a dictionary")
@@ -83,7 +73,8 @@ def _check_state(state: Any, p: Tensor, optimizer: "LatentOptimizer", group: str
         shape = known[key].shape if key in known else p.shape if value.dim() else torch.Size()
         _need(value.shape == shape, f"{has} of shape {tuple(value.shape)}, not {tuple(shape)}")
         # A single number is the same on all processes, whether it says so or not.
-        _need(not value.dim() or sharding.cut(value) == sharding.cut(p), f"{has} {_PLACED}")
+        placed = not value.dim() or sharding.cut(value) == sharding.cut(p)
+        _need(placed, f"{has} that is not sharded as the parameter is; {_HOW}")
         usable = value.layout == torch.strided and value.is_floating_point() and not value.is_meta
         _need(usable, f"{has} that is sparse, not floating point, or has no values")
         # Before the first step there is no plane.
@@ -93,7 +84,7 @@ def _check_state(state: Any, p: Tensor, optimizer: "LatentOptimizer", group: str
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def restore(optimizer: "LatentOptimizer", loaded: Mapping[str, Any]) -> None:
+def restore(optimizer: Any, loaded: Mapping[str, Any]) -> None:
     """Undoes what torch does to a loaded state: casts to the parameter's dtype, and sharing."""
     optimizer._written.clear()
     for saved, group in zip(loaded["param_groups"], optimizer.param_groups, strict=True):

@@ -182,5 +182,4 @@ class TernaryDFW(FrankWolfe):
 def _settings(arguments: dict[str, Any], **channels: int) -> dict[str, Any]:
     """Those arguments of a constructor that groups have, and how their tensors are to be read."""
     others = ("self", "params", "process_group", "__class__")
-    own = {name: value for name, value in arguments.items() if name not in others}
-    return own | {"layout": "matrix"} | channels
+    return {k: v for k, v in arguments.items() if k not in others} | {"layout": "matrix"} | channels

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dfw_opt import norms, sharding, validate
 from dfw_opt.checkpoint import aligned, restore
-from dfw_opt.quantizers import Quantizer, quantizer_of
+from dfw_opt.quantizers import QUANTIZERS, Quantizer, quantizer_of
 from dfw_opt.variables import squares, stack
 from dfw_opt.watch_loss import LossWatch, loss_of
 
@@ -34,8 +34,7 @@ USAGE = (
 def steepest(planes: list[norms.Plane], products: torch.dtype | None = None) -> list[Tensor]:
     """:func:`norms.spectral` of each, under autocast too. Uses the list up, so memory is free."""
     kind = planes[0][0].device.type
-    on = torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if on else nullcontext():
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         return [norms.spectral(*planes.pop(0), products) for _ in range(len(planes))]
 
 
@@ -177,8 +176,7 @@ class LatentOptimizer(Optimizer):
             loaded.update(sharding.agreed(self, lambda: aligned(incoming, self)))
             return loaded
 
-        # As hooks: the check sees what the user's own hooks made of the checkpoint, and their later
-        # hooks see the restored state.
+        # As hooks: the user's own come before the check, and those on the result after restore().
         with (
             self.register_load_state_dict_pre_hook(align),
             self.register_load_state_dict_post_hook(lambda _: restore(self, loaded), prepend=True),
@@ -186,7 +184,17 @@ class LatentOptimizer(Optimizer):
             super().load_state_dict(state_dict)
 
     def __repr__(self) -> str:
-        return validate.describe(self)
+        lines = [f"{type(self).__name__} ("]  # as torch, without what a group has no use for
+        for number, group in enumerate(self.param_groups):
+            name, spectral = group.get("quantizer"), group["norm"] == "spectral"
+            idle = {key for kind, (_, keys) in QUANTIZERS.items() for key in keys if kind != name}
+            idle |= {"params", "param_names", "step_size" if spectral else "layout"}
+            if name is None:
+                idle |= {"relaxation", "scale_axis", "scale_groups"}
+                idle |= set() if group.get("radius") else {"step_size"}
+            lines += [f"Parameter Group {number}: {len(group['params'])} parameters"]
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in idle]
+        return "\n".join([*lines, ")"])
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own keeps three attributes only.

@@ -60,10 +60,8 @@ start: :math:`1/\\sqrt{\\text{fan in}}`."""
 LATENT_SIZE = 0.5
 """The length of a step of latents, in units of what the box leaves of [-1, 1], the way to flip."""
 
-_ALIKE = (
-    *("lr", "weight_decay", "momentum", "quantizer", "bits", "threshold", "relaxation"),
-    *("radius", "step_size", "layout", "scale_axis", "scale_groups"),
-)
+_ALIKE = ["lr", "weight_decay", "momentum", "quantizer", "bits", "threshold", "relaxation"]
+_ALIKE += ["radius", "step_size", "layout", "scale_axis", "scale_groups"]
 
 
 class Batch(NamedTuple):
@@ -89,16 +87,13 @@ class FrankWolfe(LatentOptimizer):
     def step(self) -> None: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
-        """Performs one step. With neither argument the loss is that of :meth:`watch_loss`.
+        """Performs one step, and returns the loss as it was passed, or ``None`` if it was watched.
 
         Args:
             closure: clears the gradients, evaluates the loss, calls ``backward()`` and returns the
                 loss (or ``None``, where that is watched). Called once, at the quantized weights.
             loss: instead of a closure, the loss whose gradients are in place: a real scalar, not
-                negative, without the weight decay term.
-
-        Returns:
-            The loss, as it was passed or returned; ``None`` if it was watched.
+                negative, without the weight decay term. Without both it is :meth:`watch_loss`'s.
 
         Raises:
             TypeError: the loss is not real, or none is given or watched, or closure and loss are.

@@ -36,8 +36,7 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
             predicate that is given name and module. ``[]`` leaves out none.
 
     Returns:
-        Groups, with ``param_names``, for any of the three optimizers. :class:`~dfw_opt.DFW`
-        quantizes none; the other two refuse groups that leave them nothing to quantize.
+        Groups, with ``param_names``: :class:`~dfw_opt.DFW` quantizes none, the others need some.
 
     Raises:
         TypeError: ``model`` is no module, or ``skip`` is a module or a class.

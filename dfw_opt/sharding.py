@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 else:
     ProcessGroup = getattr(dist, "ProcessGroup", type(None))  # not every torch has one
 
-__all__ = [
-    *("Ranks", "adapt", "agreed", "cut", "is_probe", "is_sharded"),
-    *("local", "mean", "place", "placed_as_state", "whole"),
-]
 Ranks = ProcessGroup | Literal["world"] | None
 """Over which ranks a loss is averaged: all, those of a group, or no others."""
 

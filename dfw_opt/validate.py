@@ -15,15 +15,13 @@ from dfw_opt.quantizers import QUANTIZERS, quantizer_of
 if TYPE_CHECKING:
     from dfw_opt.lifecycle import LatentOptimizer
 
+Group = Mapping[str, Any]
 # Name: (test of a finite number, what the number must be).
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "lr": (lambda x: x >= 0, "at least 0"),
-    "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "weight_decay": (lambda x: x >= 0, "at least 0"),
-    "eps": (lambda x: x >= 0, "at least 0"),
+    **dict.fromkeys(("lr", "weight_decay", "eps"), (lambda x: x >= 0, "at least 0")),
+    **dict.fromkeys(("momentum", "threshold"), (lambda x: 0 <= x < 1, "in [0, 1)")),
     "radius": (lambda x: x > 0, "greater than 0, or None for no box"),
     "relaxation": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "threshold": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "bits": (lambda x: type(x) is int and 2 <= x <= 8, 'whole, 2 to 8; for 1 bit: "binary"'),
     "scale_groups": (lambda x: type(x) is int and x >= 1, "a whole number, at least 1"),
 }
@@ -40,9 +38,7 @@ _HOMES = {"threshold": "TernaryDFW", "bits": "ProjectedDFW"} | dict.fromkeys(
 )
 
 
-def check_group(
-    group: Mapping[str, Any], given: Mapping[str, Any], optimizer: "LatentOptimizer"
-) -> None:
+def check_group(group: Group, given: Group, optimizer: "LatentOptimizer") -> None:
     """Checks a new group, and what the user gave for it."""
     check_settings(group, optimizer.defaults)
     _check_bits(given.get("bits"), [group])
@@ -51,14 +47,14 @@ def check_group(
         _check_parameter(p, group)
 
 
-def _check_shared(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+def _check_shared(group: Group, first: Group) -> None:
     for name in ("norm", "eps", "momentum")[: 3 if group["norm"] == "spectral" else 2]:
         if group[name] != first[name]:
             differs = f"{name}={group[name]!r} differs from the first group's {first[name]!r}"
             raise ValueError(f"{differs}, but counts once for all; give it to the optimizer")
 
 
-def _check_bits(bits: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+def _check_bits(bits: Any, groups: Sequence[Group]) -> None:
     kinds = {str(group.get("quantizer")) for group in groups}
     if bits is not None and "uniform" not in kinds:
         raise ValueError(f"bits={bits!r} needs quantizer='uniform', but it is {sorted(kinds)}")
@@ -78,7 +74,7 @@ def check_groups(optimizer: "LatentOptimizer") -> None:
         )
 
 
-def check_settings(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def check_settings(group: Group, known: Group) -> None:
     """Checks the values in ``group`` for an optimizer whose defaults are ``known``."""
     for name, home in _HOMES.items():
         if name not in known and group.get(name) is not None:
@@ -102,9 +98,7 @@ def check_settings(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning: str) -> None:
-    if isinstance(value, Tensor):
-        if name != "lr":
-            raise ValueError(f"{name}={value!r} must be a plain number, not a tensor")
+    if isinstance(value, Tensor) and name == "lr":
         if value.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, but has shape {tuple(value.shape)}")
         if value.device.type != "cpu":  # reading it would wait for the device
@@ -117,7 +111,7 @@ def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning:
         raise ValueError(f"{name}={value!r} must be {meaning}")
 
 
-def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
+def _check_parameter(p: Tensor, group: Group) -> None:
     where, name = f"a parameter of shape {tuple(p.shape)}", group.get("quantizer")
     if not p.is_floating_point():
         raise TypeError(f"{where} has dtype {p.dtype}; it must be real floating point, or frozen")
@@ -135,7 +129,7 @@ def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
         need = "must divide its first dimension, and be 1 if it is sharded"
         raise ValueError(f"{where} and scale_groups={quantizer.groups}, which {need}")
     if p.is_meta:
-        how = "call to_empty() and initialise the model before making the optimizer"
+        how = "call to_empty() and initialise the model before the optimizer"
         raise ValueError(f"{where}, but on the meta device, without values; {how}")
     if sharding.whole((~p.isfinite()).sum()):
         raise ValueError(f"{where} and holds NaN or infinity; initialise it before the optimizer")
@@ -151,22 +145,7 @@ def _check_parameter(p: Tensor, group: Mapping[str, Any]) -> None:
         )
 
 
-def describe(optimizer: torch.optim.Optimizer) -> str:
-    """As torch's ``repr()``, without the options that a group has no use for."""
-    lines = []
-    for number, group in enumerate(optimizer.param_groups):
-        name, spectral = group.get("quantizer"), group.get("norm") == "spectral"
-        idle = {key for kind, (_, keys) in QUANTIZERS.items() for key in keys if kind != name}
-        idle |= {"params", "param_names", "step_size" if spectral else "layout"}
-        if name is None:
-            idle |= {"relaxation", "scale_axis", "scale_groups"}
-            idle |= set() if group.get("radius") else {"step_size"}
-        lines += [f"Parameter Group {number}: {len(group['params'])} parameters"]
-        lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in idle]
-    return "\n".join([f"{type(optimizer).__name__} (", *lines, ")"])
-
-
-def settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def settings(group: Group) -> dict[str, Any]:
     """What of a group is checked; tensors are not looked at."""
     names = (*FIXED, *_RANGES, "step_size")
     return {k: None if isinstance(group.get(k), Tensor) else group.get(k) for k in names}
@@ -217,15 +196,12 @@ def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
 
 @torch.no_grad()
 def overwritten(optimizer: "LatentOptimizer") -> list[str]:
-    """Puts back Q(u) where others have written to a quantized parameter, and says so.
-
-    Parameters in parts are left out: all ranks would have to compare, one may have been changed.
-    """
+    """Puts back Q(u) where others have written to a quantized parameter, and says so."""
     texts = []
     for group in optimizer.param_groups:
         for p in group["params"]:
             if optimizer._written.get(p, p._version) == p._version or sharding.is_sharded(p):
-                continue
+                continue  # a change on one rank alone would have to be known to all
             before = p.detach().clone()
             optimizer._write(p, group)
             if not torch.equal(p, before):

@@ -56,8 +56,7 @@ class Variable:
     r"""Tensors of one shape that are trained alike.
 
     Attributes:
-        values, directions, planes: :math:`v`, moved in place, :math:`D` and :math:`m`; these are
-            float32 or wider.
+        values, directions, planes: :math:`v`, :math:`D`, :math:`m`; the last two at least float32.
         lr, weight_decay, momentum: :math:`\eta`, :math:`\lambda`, and :math:`\mu` of :math:`z`.
         lower, upper: the bounds of the values.
         velocities: :math:`z`; none where momentum is in the plane, or 0.
