@@ -168,3 +168,16 @@ def test_default_dtype_does_not_matter(optimizer_class: Any, dtype: Any, norm: s
         finally:
             torch.set_default_dtype(torch.float32)
     assert ends[0] == ends[1]
+
+
+@ALL_KINDS
+def test_autocast_does_not_matter(kind: Kind) -> None:
+    """To the bit, where the whole loop is inside."""
+    results = []
+    for enabled in (False, True):
+        params = make_params()
+        optimizer = kind.make(params)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            train(optimizer, params, 3)
+        results.append(everything(optimizer))
+    assert results[0] == results[1]
