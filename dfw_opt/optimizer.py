@@ -116,9 +116,9 @@ class FrankWolfe(LatentOptimizer):
         h = share = ell
         if norm == "spectral":
             first = self._height.isnan()
-            h = torch.where(first, ell, mu * self._height + (1 - mu) * ell)
-            # Of this batch in the mean plane.
+            h = torch.where(first, ell, torch.lerp(ell, self._height, mu))
             share = torch.full_like(ell, 1 - mu).masked_fill(first, 1).masked_fill(skip, 0)
+            share = self._read(share)  # of this batch in the mean plane
         variables = self._variables(batches, squares, share, None if known is False else skip)
         decay, full = self._dual_terms(variables)
         gamma = closed_form(h, decay, full, eps)
@@ -155,7 +155,7 @@ class FrankWolfe(LatentOptimizer):
         return batches
 
     def _variables(
-        self, batches: list[Batch], squares: list[Tensor], share: Tensor, skip: Tensor | None
+        self, batches: list[Batch], squares: list[Tensor], share: Any, skip: Tensor | None
     ) -> list[Variable]:
         """What is trained, with its plane and its direction."""
         variables, planes, sizes = [], [], []
@@ -196,7 +196,7 @@ class FrankWolfe(LatentOptimizer):
                         variable.directions = delta / metric
                     continue
                 m = [self.state[p][f"{prefix}mean_gradient"] for p in params]
-                part = self._read(share.to(delta))
+                part = share.to(delta) if isinstance(share, Tensor) else share
                 torch._foreach_mul_(m, 1 - part)
                 torch._foreach_add_(m, (part * delta).unbind())
                 variable.planes = m
