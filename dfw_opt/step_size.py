@@ -73,5 +73,5 @@ def exact(
         slope, bend = height - eps * gamma + terms[:n].sum(), terms[n:].sum() - eps
         # Where nothing moves any more the slope is flat: above zero, the end is the maximum.
         newton = torch.where(bend < 0, -slope / bend, torch.where(slope > 0, 1.0, 0.0))
-        gamma = (gamma + newton.clamp(min=0)).clamp(max=1)
+        gamma = (gamma + newton.nan_to_num(0).clamp(min=0)).clamp(max=1)  # NaN: eps overflows
     return gamma

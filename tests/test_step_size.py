@@ -223,6 +223,10 @@ class TestExact:
             assert Problem(loss, eps, [[element]]).climb() == 1.0
         assert Problem(0.0, eps, [[boxed(1.0, -5.0)]]).climb() == 0.0
 
+    def test_others_take_more_than_a_float_can_hold(self) -> None:
+        (variable,) = Problem(0.0, 0.0, [[boxed(0.5, 1.0)]]).variables()
+        assert step_size.exact(double(1.0), [variable], double(0.0), math.inf) == 0
+
     @pytest.mark.parametrize(
         ("steps", "lr", "left"),
         [
