@@ -9,8 +9,6 @@ from torch import Tensor
 from dfw_opt import sharding
 from dfw_opt.validate import FIXED, check_settings, settings
 
-__all__ = ["aligned", "restore"]
-
 _HOW = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
 
 
@@ -62,11 +60,13 @@ def _check_state(state: Any, p: Tensor, optimizer: Any, group: str) -> None:
     where = f"the state of a parameter of shape {tuple(p.shape)} in {group}"
     if not isinstance(state, Mapping):
         raise ValueError(f"{where} is {state!r}, not a dictionary")
-    known = {"plane_height": optimizer._height} | optimizer.state.get(p, {})
-    lacks = sorted(known.keys() - state.keys() - {"plane_height"})
-    has = f"{where} lacks {lacks} and has {sorted(state.keys() - known.keys())} instead"
-    good = p not in optimizer.state or state.keys() | {"plane_height"} == known.keys()
-    _need(good, f"{has}; if it was frozen when this was saved: freeze it, load, then unfreeze")
+    own = optimizer.state.get(p, {})
+    known = {"plane_height": optimizer._height} | own
+    differ = (state.keys() ^ own.keys()) - {"plane_height"}
+    differ = sorted(k for k in differ if not k.endswith("momentum_buffer"))  # it may have been 0
+    has = f"{where} and the optimizer's do not both have {differ}"
+    how = "if it was frozen when this was saved: freeze it, load, then unfreeze"
+    _need(not own or not differ, f"{has}; {how}")
     for key, value in state.items():
         has = f"{where} has {key}"
         _need(isinstance(value, Tensor), f"{has} that is a {type(value).__name__}, not a tensor")

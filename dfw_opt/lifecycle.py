@@ -23,8 +23,6 @@ from dfw_opt.quantizers import QUANTIZERS, Quantizer, quantizer_of
 from dfw_opt.variables import squares, stack
 from dfw_opt.watch_loss import LossWatch, loss_of
 
-__all__ = ["LatentOptimizer", "steepest"]
-
 USAGE = (
     "write optimizer.step(loss=loss) after loss.backward(), or optimizer.step(closure) with one "
     "that calls backward() and returns the loss, or, once, optimizer.watch_loss(criterion)"
@@ -91,7 +89,7 @@ class LatentOptimizer(Optimizer):
             group["bits"] = 4
         try:
             validate.check_group(group, param_group, self)
-        except (TypeError, ValueError):
+        except BaseException:
             self.param_groups.pop()
             raise
         if self._ready:
@@ -243,15 +241,17 @@ class LatentOptimizer(Optimizer):
     def _loss(self, closure: Any, loss: Any) -> tuple[Tensor | float | None, Tensor]:
         """What a step is to return, and the loss by which to step, the same on all ranks."""
         name, watch = type(self).__name__, self._watch
-        if loss is not None and callable(closure) and closure() is None:
-            closure = None  # Lightning adds one that does nothing, in manual optimization
         if closure is not None:
             if not callable(closure):
                 raise TypeError(f"{name}.step: the closure, {closure!r}, cannot be called: {USAGE}")
-            if loss is not None:
-                raise TypeError(f"{name}.step takes a closure or a loss, not both: {USAGE}")
             with torch.enable_grad():
-                loss = closure()
+                returned = closure()
+            if loss is None:
+                loss = returned
+            elif returned is None:
+                closure = None  # Lightning adds one that does nothing, in manual optimization
+            else:
+                raise TypeError(f"{name}.step takes a closure or a loss, not both: {USAGE}")
         elif loss is None and not watch.active and not sharding.is_probe(self):
             raise TypeError(f"{name}.step needs the loss: {USAGE}")
         value: Any = 0.0 if loss is None and closure is None else loss
@@ -264,8 +264,9 @@ class LatentOptimizer(Optimizer):
         if value.is_complex() if is_tensor else not isinstance(value, int | float):
             raise TypeError(f"{source} is {value!r}; it must be a real scalar tensor or a number")
         if is_tensor and value.numel() != 1:
-            shape = tuple(value.shape)
-            raise ValueError(f"{source} has shape {shape}; it must be a scalar, as loss.mean() is")
+            raise ValueError(
+                f"{source} has shape {[*value.shape]}; it must be a scalar: loss.mean()"
+            )
         trained = (p for g in self.param_groups for p in g["params"] if p.grad is not None)
         where = next((p.device for p in trained if not p.is_meta), self._gamma.device)
         if where != self._gamma.device:  # what all parameters share follows them
@@ -274,7 +275,8 @@ class LatentOptimizer(Optimizer):
         if is_tensor:
             ell = sharding.whole(value.detach()).reshape(()).to(self._gamma)
         else:  # this waits for no device; and torch refuses to round what no float32 can hold
-            ell = torch.full_like(self._gamma, value if abs(value) < 3e38 else math.inf * value)
+            value = value if not abs(value) > 3e38 else math.inf if value > 0 else -math.inf
+            ell = torch.full_like(self._gamma, value)
         self._ell = sharding.mean(self, ell, self.process_group)
         return loss, self._ell
 

@@ -25,8 +25,7 @@ norm it is the running mean of the planes of all batches, and momentum is in the
     &\qquad - \gamma\textstyle\sum\eta\langle m, D\rangle\bigr)
         \text{ of the step before}
 
-(the model of Schaipp et al., *MoMo*, 2023, arXiv 2305.07583); :math:`m = \delta`, :math:`h = \ell`
-at first.
+(Schaipp et al., *MoMo*, 2023, arXiv 2305.07583); :math:`m = \delta`, :math:`h = \ell` at first.
 
 Quantized weights are trained by mirror descent: the model holds :math:`Q(u)`, the optimizer, in its
 state, the dual variable :math:`u`, to which gradients are pulled back (:mod:`dfw_opt.quantizers`).
@@ -43,8 +42,6 @@ from dfw_opt.lifecycle import LatentOptimizer
 from dfw_opt.quantizers import SCALE_MIN, Quantizer, State, quantizer_of
 from dfw_opt.step_size import closed_form, exact
 from dfw_opt.variables import Variable, stack, update_, wide
-
-__all__ = ["FrankWolfe"]
 
 LARGEST_BATCH = 2**22
 """How many elements are computed with at once, so that what is made on the way stays small."""
@@ -125,7 +122,7 @@ class FrankWolfe(LatentOptimizer):
         if boxed := [v for v in variables if v.searched]:
             straight = self._dual_terms([v for v in variables if not v.searched])
             gamma = exact(h - straight[0], boxed, gamma, straight[1] + eps, self._gather)
-        if norm == "spectral":
+        if norm == "spectral" and variables:
             left = (h - decay - gamma * full).clamp(min=0)
             self._height.copy_(torch.where(skip, self._height, left))
         taken = self._read(gamma.masked_fill(skip, 0))
@@ -160,7 +157,7 @@ class FrankWolfe(LatentOptimizer):
         """What is trained, with its plane and its direction."""
         variables, planes, sizes = [], [], []
         for (group, quantizer, place, params, grads), product in zip(batches, squares, strict=True):
-            for p in (p for p in params if p not in self.state):  # frozen until now
+            for p in (p for p in params if not self.state.get(p)):  # frozen until now
                 self._start(p, group)
             mu, eta, radius = group["momentum"], group["lr"], group.get("radius")
             euclidean = group["norm"] == "euclidean"
@@ -237,10 +234,12 @@ class FrankWolfe(LatentOptimizer):
             latent = stack([state["latent"] for state in states])
             size = latent.abs().sum(tuple(range(1, latent.dim()))) / latent[0].numel()
             half = torch.where(size > 0.75 * group["radius"], 0.5, 1.0).unbind()
-            for key in states[0].keys() & {"latent", "size", "momentum_buffer"}:
-                torch._foreach_mul_([state[key] for state in states], half)
-            for key in states[0].keys() & {"unit", "mean_gradient"}:
-                torch._foreach_div_([state[key] for state in states], half)
+            larger, smaller = {"unit", "mean_gradient"}, {"latent", "size", "momentum_buffer"}
+            for keys, scale_ in (larger, torch._foreach_div_), (smaller, torch._foreach_mul_):
+                pairs = [
+                    (s[k], x) for s, x in zip(states, half, strict=True) for k in s if k in keys
+                ]
+                scale_(*([*of] for of in zip(*pairs, strict=True)))
         self._copy(params, quantizer.quantize(self._stacked(quantizer, params)).unbind())
 
     @torch.inference_mode(False)
@@ -250,7 +249,8 @@ class FrankWolfe(LatentOptimizer):
         quantizer, bound = quantizer_of(group), group.get("radius")
         if quantizer is None and bound is not None:
             p.clamp_(-bound, bound)
-        state, values = State(), {"": wide(p)}
+        state: State = {}
+        values = {"": wide(p)}
         if quantizer is not None:
             weight = self._settle(wide(p).unsqueeze(0), whole=True)
             start = quantizer.start(weight, math.inf if bound is None else bound)
@@ -261,21 +261,22 @@ class FrankWolfe(LatentOptimizer):
             prefix = "" if key in ("", "latent") else f"{key}_"
             if group["norm"] == "spectral":
                 state[f"{prefix}mean_gradient"] = torch.zeros_like(value)
-                state[f"{prefix}size"] = self._size(key, value, state, bound)
+                state[f"{prefix}size"] = self._size(key, value, state, group)
             elif group["momentum"]:
                 state[f"{prefix}momentum_buffer"] = torch.zeros_like(value)
         if state:
             self.state[p] = state
         self._write(p, group)
 
-    def _size(self, key: str, value: Tensor, state: State, radius: float | None) -> Tensor:
+    def _size(self, key: str, value: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         r""":math:`\rho`, the length of a step at :math:`\eta = \gamma = 1`."""
         if key not in ("", "latent"):
             usual = state["unit"].reciprocal() * LEAST_SIZE * state["latent"][0].numel() ** -0.5
             return VECTOR_SIZE * torch.maximum(value, usual)
         if key == "latent":
-            return torch.full_like(state["unit"], LATENT_SIZE * min(1.0, radius or 1.0))
+            return torch.full_like(state["unit"], LATENT_SIZE * min(1.0, group["radius"] or 1.0))
         rms: Tensor = self._settle(value.square().mean().sqrt())
         if value.dim() < 2:
             return VECTOR_SIZE * rms.clamp(min=1)
-        return rms.clamp(min=LEAST_SIZE * value[0].numel() ** -0.5)
+        fan_in = value.shape[-1] if group["layout"] == "stack" else value[0].numel()
+        return rms.clamp(min=LEAST_SIZE * fan_in**-0.5)

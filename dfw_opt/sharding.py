@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 else:
     ProcessGroup = getattr(dist, "ProcessGroup", type(None))  # not every torch has one
 
-Ranks = ProcessGroup | Literal["world"] | None
-"""Over which ranks a loss is averaged: all, those of a group, or no others."""
+Ranks = ProcessGroup | Literal["world"] | None  # over which a loss is averaged
 
 
 def mean(optimizer: "LatentOptimizer", x: Tensor, among: Ranks) -> Tensor:

@@ -25,8 +25,6 @@ from torch import Tensor
 
 from dfw_opt.variables import Variable
 
-__all__ = ["NEWTON_STEPS", "closed_form", "exact"]
-
 NEWTON_STEPS = 8
 """Up to lr 1, four reach the root to the last digit, also where gradients lie over four decades; at
 lr 1000 eight leave at most 1e-4 of the plane's height."""

@@ -69,8 +69,7 @@ def check_groups(optimizer: "LatentOptimizer") -> None:
             f"the group {quantized[0].get('name')!r} to be quantized is empty: param_groups leaves "
             "the first and last Conv and Linear layer in float (skip=[] leaves out none), and "
             "every layer whose weight is computed (weight_norm, pruning), whatever skip is: remove "
-            f"the parametrization first; or {type(optimizer).__name__}(..., quantizer=None) "
-            "quantizes none"
+            f"that first; or {type(optimizer).__name__}(..., quantizer=None) quantizes none"
         )
 
 
@@ -162,10 +161,11 @@ def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
                 if (value := group.get(name)) != seen[name]:
                     was = f"{name}={value!r} was {seen[name]!r}"
                     raise ValueError(f"{was} and cannot change; make a new optimizer")
-            _check_shared(group, optimizer.param_groups[0])
+            for other in optimizer.param_groups:
+                _check_shared(other, optimizer.param_groups[0])
             seen |= settings(group)
         for p in group["params"]:
-            if p.grad is not None and p not in optimizer.state and group.get("quantizer"):
+            if p.grad is not None and not optimizer.state.get(p):
                 _check_parameter(p, group)  # frozen until now
     if any(p._version != version for p, version in optimizer._written.items()):
         optimizer._late = overwritten(optimizer)  # others wait for this rank: warn when they have

@@ -261,7 +261,7 @@ def test_nothing_to_quantize(layers: int, optimizer_class: Any) -> None:
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)], nn.BatchNorm1d(2))
     start = copy.deepcopy(model.state_dict())
     DFW(param_groups(model))
-    advice = f"remove the parametrization first; or {optimizer_class.__name__}(..., quantizer=None)"
+    advice = f"remove that first; or {optimizer_class.__name__}(..., quantizer=None)"
     with pytest.raises(ValueError, match=f"'quantized' to be.* empty.*{re.escape(advice)}"):
         optimizer_class(param_groups(model))
     optimizer_class(param_groups(model), quantizer=None, radius=None)
