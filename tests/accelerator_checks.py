@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLOAT_GROUP, KINDS, MAIN_KINDS, SHAPES, Kind
+from helpers import SHAPES
+from kinds import ALL_KINDS, FLOAT_GROUP, MAIN, Kind
 from test_operations import watched
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -28,8 +29,6 @@ register: Any = getattr(backend_registration, "_setup_privateuseone_for_python_b
 if register is None:
     pytest.skip("this torch cannot register a device from Python", allow_module_level=True)
 register("fake")
-
-MAIN = pytest.mark.parametrize("kind", MAIN_KINDS, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +64,7 @@ def test_the_world_is_strict() -> None:
     assert watched(value.cpu).copies == ["_to_copy"]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@ALL_KINDS
 def test_no_look_and_no_copy(kind: Kind) -> None:
     """Momentum, decay, relaxation, a tensor lr; a loss that is a number, and one that is not."""
     params = fake_params("fake:0", dtype=torch.bfloat16)

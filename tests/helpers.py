@@ -1,79 +1,20 @@
-"""What several test files need: ready-made optimizers, and comparing tensors bit for bit."""
+"""What several test files need: parameters, gradients, and comparing tensors bit for bit."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dfw_opt import DFW, ProjectedDFW, TernaryDFW
 from dfw_opt.quantizers import quantizer_of
-
-FLOAT_GROUP: dict[str, Any] = {"quantizer": None, "radius": None}
-
-NORMS = ("spectral", "euclidean")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """An optimizer with settings; if it quantizes, vectors go into a float group."""
-
-    name: str
-    optimizer: Callable[..., Any]
-    settings: dict[str, Any] = field(default_factory=dict)
-    quantized: bool = False
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def norm(self) -> str:
-        return str(self.settings["norm"])
-
-    def groups(self, params: Iterable[Tensor]) -> list[dict[str, Any]]:
-        params = list(params)
-        if not self.quantized:
-            return [{"params": params}]
-        matrices = [p for p in params if p.dim() >= 2]
-        rest = [p for p in params if p.dim() < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
-        return groups + ([{"params": rest, **FLOAT_GROUP}] if rest else [])
-
-    def make(self, params: Iterable[Tensor], **overrides: Any) -> Any:
-        return self.optimizer(self.groups(params), **{**self.settings, **overrides})
-
-
-def _kinds(norm: str) -> list[Kind]:
-    """All networks in one norm."""
-    closed = {"step_size": "closed_form"}
-    kinds: list[tuple[str, Any, dict[str, Any], bool]] = [
-        ("dfw", DFW, {}, False),
-        ("box", ProjectedDFW, {"quantizer": None, "radius": 0.5}, False),
-        ("binary", ProjectedDFW, {}, True),
-        ("uniform", ProjectedDFW, {"quantizer": "uniform", "bits": 3}, True),
-        ("ternary", TernaryDFW, {}, True),
-    ]
-    if norm == "euclidean":  # the spectral norm has no search
-        kinds += [
-            ("binary_closed_form", ProjectedDFW, closed, True),
-            ("ternary_closed_form", TernaryDFW, closed, True),
-        ]
-    return [
-        Kind(f"{name}-{norm}", optimizer, {"norm": norm, **settings}, quantized)
-        for name, optimizer, settings, quantized in kinds
-    ]
-
-
-KINDS = [kind for norm in NORMS for kind in _kinds(norm)]
-QUANTIZED_KINDS = [kind for kind in KINDS if kind.quantized]
-MAIN_KINDS = [kind for kind in KINDS if kind.name.split("-")[0] in ("dfw", "binary", "ternary")]
 
 SHAPES: tuple[tuple[int, ...], ...] = ((4, 6), (3, 2, 3, 3), (5,))
 
@@ -99,6 +40,12 @@ def draw_gradients(params: Iterable[Tensor], seed: int, scale: float = 1.0) -> N
     for p in params:
         values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         p.grad = (scale * values).to(p.dtype)
+
+
+def copy_gradients(params: Iterable[Tensor], twins: Iterable[Tensor]) -> None:
+    """The twins' own, each in its twin's dtype."""
+    for p, twin in zip(params, twins, strict=True):
+        twin.grad = None if p.grad is None else p.grad.to(twin.dtype, copy=True)
 
 
 def train(optimizer: Any, params: Sequence[Tensor], steps: int, seed: int = 0) -> None:
@@ -144,6 +91,19 @@ def everything(optimizer: Optimizer) -> Any:
         ],
         fingerprint(heights),
     )
+
+
+def whole(optimizer: Any) -> Any:
+    return everything(optimizer), fingerprint([optimizer.gamma, optimizer.skipped_steps])
+
+
+@contextmanager
+def refused(optimizer: Any, match: str, error: type[Exception] = ValueError) -> Iterator[None]:
+    """What is done inside raises, and changes nothing."""
+    before = whole(optimizer)
+    with pytest.raises(error, match=match):
+        yield
+    assert whole(optimizer) == before
 
 
 def forward_weights(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:

@@ -7,12 +7,9 @@ import math
 import pytest
 import torch
 from helpers import (
-    KINDS,
-    NORMS,
-    QUANTIZED_KINDS,
-    Kind,
     assert_consistent,
     clone_params,
+    copy_gradients,
     draw_gradients,
     everything,
     fingerprint,
@@ -21,13 +18,11 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import ALL_KINDS, BOTH_NORMS, QUANTIZED_KINDS, Kind
 from torch import Tensor
 from torch.nn import Parameter
 
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW
-
-ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
-BOTH_NORMS = pytest.mark.parametrize("norm", NORMS)
 
 LOSSES = st.floats(0, 100) | st.sampled_from([0.0, 1e-30, 1e30, math.nan, math.inf, -1.0])
 
@@ -74,10 +69,8 @@ def test_constraints(kind: Kind, data: st.DataObject) -> None:
         assert fingerprint([p.grad for p in params]) == kept
         assert_consistent(optimizer)
         # A gradient whose norm float32 cannot hold counts as infinite.
-        finite = all(
-            torch.linalg.vector_norm(p.grad).isfinite() for p in params if p.grad is not None
-        )
-        if math.isfinite(loss) and finite:
+        sizes = [torch.linalg.vector_norm(p.grad) for p in params if p.grad is not None]
+        if math.isfinite(loss) and all(size.isfinite() for size in sizes):
             assert 0.0 <= float(optimizer.gamma) <= 1.0
         else:
             skipped += 1
@@ -133,8 +126,7 @@ def test_groups_and_their_order_do_not_matter(kind: Kind, data: st.DataObject) -
     parts = kind.optimizer(split, **kind.settings, weight_decay=1e-2)
     for number in range(4):
         draw_gradients(params, seed + number)
-        for p, twin in zip(params, twins, strict=True):
-            twin.grad = None if p.grad is None else p.grad.clone()
+        copy_gradients(params, twins)
         whole.step(loss=0.7)
         parts.step(loss=0.7)
         torch.testing.assert_close(parts.gamma, whole.gamma, rtol=1e-11, atol=1e-13)

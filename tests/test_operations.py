@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KINDS, Kind, draw_gradients, make_params
+from helpers import draw_gradients, make_params
+from kinds import ALL_KINDS, Kind
 from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfw_opt.optimizer
 
-ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
 LOOKS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select")
 
 

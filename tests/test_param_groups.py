@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_consistent, same_bits
+from kinds import BOTH_NORMS, CLASSES, QUANTIZING
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from dfw_opt import DFW, ProjectedDFW, TernaryDFW, param_groups
+from dfw_opt import DFW, param_groups
 
-NORMS = pytest.mark.parametrize("norm", ["spectral", "euclidean"])
-QUANTIZING = pytest.mark.parametrize("optimizer_class", [ProjectedDFW, TernaryDFW])
 LOGGER = "dfw_opt.param_groups"
 
 
@@ -230,8 +229,8 @@ def test_refused(skip: Any, error: Any, match: str) -> None:
             param_groups(wrong)  # type: ignore[arg-type]
 
 
-@NORMS
-@pytest.mark.parametrize("optimizer_class", [DFW, ProjectedDFW, TernaryDFW])
+@BOTH_NORMS
+@CLASSES
 def test_serves_all_optimizers(optimizer_class: Any, norm: str) -> None:
     """The list is left as it is; all is trained, each group by its settings."""
     torch.manual_seed(0)

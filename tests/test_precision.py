@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    KINDS,
-    QUANTIZED_KINDS,
-    Kind,
     assert_consistent,
+    copy_gradients,
     draw_gradients,
     everything,
     fingerprint,
@@ -19,16 +17,15 @@ from helpers import (
     same_bits,
     train,
 )
+from kinds import ALL_KINDS, BOTH_NORMS, QUANTIZED_KINDS, Kind
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD
 
 from dfw_opt import DFW, TernaryDFW
 
-ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
 QUANTIZED = pytest.mark.parametrize("kind", QUANTIZED_KINDS, ids=str)
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-NORMS = pytest.mark.parametrize("norm", ["spectral", "euclidean"])
 LR, STEPS = 0.02, 400
 # A step takes less of the weights than half of what the dtype can tell from 1.
 DECAY = {torch.bfloat16: 0.025, torch.float16: 0.01}
@@ -50,7 +47,7 @@ def mean_after(optimizer: Any, p: Tensor, **loss: float) -> float:
 
 @NARROW
 @pytest.mark.parametrize(("momentum", "shape"), [(0.0, (256,)), (0.9, (32, 8))])
-@NORMS
+@BOTH_NORMS
 def test_decay(dtype: torch.dtype, momentum: float, shape: tuple[int, ...], norm: str) -> None:
     """As SGD's, which adds it to the gradient before anything is rounded."""
     settings: Any = {"momentum": momentum, "weight_decay": DECAY[dtype]}
@@ -67,7 +64,7 @@ def test_decay(dtype: torch.dtype, momentum: float, shape: tuple[int, ...], norm
         assert ours == pytest.approx(theirs, abs=0.02)
 
 
-@NORMS
+@BOTH_NORMS
 @NARROW
 def test_narrow_lr_and_loss(dtype: torch.dtype, norm: str) -> None:
     """Numbers of 16 bits are what they are, and are not multiplied in 16 bits."""
@@ -96,9 +93,7 @@ def test_latents_are_those_of_float32(kind: Kind, dtype: torch.dtype) -> None:
     optimizer, other = kind.make(narrow, weight_decay=0.01), kind.make(wide, weight_decay=0.01)
     for number in range(4):
         draw_gradients(narrow, number)
-        for p, q in zip(narrow, wide, strict=True):
-            assert p.grad is not None
-            q.grad = p.grad.float()
+        copy_gradients(narrow, wide)
         for o in (optimizer, other):
             o.step(loss=0.5)
     for p, q in zip(narrow, wide, strict=True):
@@ -115,9 +110,7 @@ def test_large_gradients(kind: Kind, dtype: torch.dtype) -> None:
     for params in (narrow, [Parameter(p.detach().float()) for p in narrow]):
         optimizer = kind.make(params, lr=1.0)
         draw_gradients(narrow, 0, 1e4)
-        for p, q in zip(params, narrow, strict=True):
-            assert q.grad is not None
-            p.grad = q.grad.to(p.dtype)
+        copy_gradients(narrow, params)
         optimizer.step(loss=1e3)
         gammas.append(float(optimizer.gamma))
     assert 0 < gammas[0] < 1
@@ -139,7 +132,7 @@ def test_dtypes_side_by_side(kind: Kind) -> None:
     assert_consistent(optimizer)
 
 
-@NORMS
+@BOTH_NORMS
 def test_gamma_in_double_precision(norm: str) -> None:
     """ℓ / (η⟨m, D⟩), to the last digits; the spectral D of one number is 0.1 times a sign."""
     p = Parameter(torch.tensor([0.5], dtype=torch.float64))
@@ -155,7 +148,7 @@ def test_gamma_in_double_precision(norm: str) -> None:
 
 @pytest.mark.parametrize("optimizer_class", [DFW, TernaryDFW])
 @NARROW
-@NORMS
+@BOTH_NORMS
 def test_default_dtype_does_not_matter(optimizer_class: Any, dtype: Any, norm: str) -> None:
     ends = []
     for default in (torch.float32, dtype):

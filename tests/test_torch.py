@@ -1,7 +1,6 @@
 """What torch's own optimizers do in torch's company: hooks, schedulers, scalers, compilation.
 
-Where torch ships checks of its optimizers they are taken from there; its schedulers are looked up,
-so that a new one fails a test here.
+Where torch ships checks of its optimizers they are taken from there.
 """
 
 # torch leaves backward() untyped, and what torch.compile returns.
@@ -12,23 +11,13 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    KINDS,
-    MAIN_KINDS,
-    Kind,
-    assert_consistent,
-    clone_params,
-    draw_gradients,
-    everything,
-    make_params,
-    same_bits,
-)
+from helpers import assert_consistent, draw_gradients, everything, make_params, same_bits
+from kinds import ALL_KINDS, CLASSES, MAIN, Kind
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.amp.grad_scaler import GradScaler
@@ -36,11 +25,6 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, optimizer, swa_utils
 from torch.optim import lr_scheduler as S  # noqa: N812
 from torch.testing._internal.common_optimizers import get_error_inputs_for_all_optims
-
-from dfw_opt import DFW, ProjectedDFW, TernaryDFW
-
-ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
-MAIN = pytest.mark.parametrize("kind", MAIN_KINDS, ids=str)
 
 
 def make_model() -> nn.Sequential:
@@ -54,7 +38,7 @@ def make_batch(number: int) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(4, (16,), generator=generator)
 
 
-@pytest.mark.parametrize("optimizer_class", [DFW, ProjectedDFW, TernaryDFW])
+@CLASSES
 def test_errors_of_all_optimizers(optimizer_class: Any) -> None:
     """Torch's own cases: tensors for lists, no parameters, twice the same, a bad lr."""
     for case in get_error_inputs_for_all_optims("cpu", torch.float32):
@@ -71,7 +55,7 @@ def test_closure_and_hooks(kind: Kind) -> None:
     """Once, with gradients, at the weights that the model holds; hooks around it, in order."""
     params = make_params()
     ours = kind.make(params)
-    before = clone_params(params)
+    before = [p.detach().clone() for p in params]
     results: list[Tensor] = []
     calls: list[str] = []
 
@@ -146,6 +130,7 @@ def two_groups(params: list[Any], lr: Callable[[float], Any] = float) -> list[di
 
 
 @MAIN
+@pytest.mark.filterwarnings("ignore")  # of torch, on schedules of tensors
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize("number", range(len(MAKE + WITH_MOMENTUM)))
 def test_each_step_goes_by_what_it_would_write_for_sgd(
@@ -165,25 +150,23 @@ def test_each_step_goes_by_what_it_would_write_for_sgd(
     ours = kind.optimizer(two_groups(params, lr), weight_decay=0.1, norm=kind.norm)
     twin = kind.optimizer(two_groups(twins), weight_decay=0.1, norm=kind.norm)
     seen = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, on schedules of tensors
-        schedulers = [make(ours), make(sgd)]
-        for step in range(STEPS):
-            if step == 5:
-                saved = copy.deepcopy((ours.state_dict(), schedulers[0].state_dict()))
-                ours = kind.optimizer(two_groups(params, lr), norm=kind.norm)
-                schedulers[0] = make(ours)
-                ours.load_state_dict(saved[0])
-                schedulers[0].load_state_dict(saved[1])
-            for group, model in zip(twin.param_groups, sgd.param_groups, strict=True):
-                group["lr"], group["momentum"] = float(model["lr"]), model["momentum"]
-                seen.add((group["lr"], group["momentum"]))
-            for o, ps in ((ours, params), (twin, twins), (sgd, others)):
-                draw_gradients(ps, step)
-                o.step(**({} if o is sgd else {"loss": 0.3}))
-            for scheduler in schedulers:
-                plateau = isinstance(scheduler, S.ReduceLROnPlateau)
-                scheduler.step(*([METRICS[step]] if plateau else []))
+    schedulers = [make(ours), make(sgd)]
+    for step in range(STEPS):
+        if step == 5:
+            saved = copy.deepcopy((ours.state_dict(), schedulers[0].state_dict()))
+            ours = kind.optimizer(two_groups(params, lr), norm=kind.norm)
+            schedulers[0] = make(ours)
+            ours.load_state_dict(saved[0])
+            schedulers[0].load_state_dict(saved[1])
+        for group, model in zip(twin.param_groups, sgd.param_groups, strict=True):
+            group["lr"], group["momentum"] = float(model["lr"]), model["momentum"]
+            seen.add((group["lr"], group["momentum"]))
+        for o, ps in ((ours, params), (twin, twins), (sgd, others)):
+            draw_gradients(ps, step)
+            o.step(**({} if o is sgd else {"loss": 0.3}))
+        for scheduler in schedulers:
+            plateau = isinstance(scheduler, S.ReduceLROnPlateau)
+            scheduler.step(*([METRICS[step]] if plateau else []))
     assert len(seen) > 2
     assert (make in WITH_MOMENTUM) == (len({momentum for _, momentum in seen}) > 1)
     for p, q in zip(params, twins, strict=True):
@@ -269,21 +252,16 @@ def test_accumulation(kind: Kind) -> None:
 def check_compiled(kind: Kind, backend: str) -> None:
     """No new compilation when lr (a tensor), loss and γ change, or when a step is skipped."""
     torch._dynamo.reset()
-    params = make_params()
-    twins = clone_params(params)
+    params, twins = make_params(), make_params()
     lrs = [torch.tensor(0.1), torch.tensor(0.1)]
     plain = kind.make(params, lr=lrs[0], weight_decay=1e-2)
     other = kind.make(twins, lr=lrs[1], weight_decay=1e-2)
     counter = CompileCounterWithBackend(backend)
     step = torch.compile(other.step, backend=counter, fullgraph=True)
-    draw_gradients(twins, 0)
     gammas = []
     for number, loss in enumerate((0.02, 0.006, 0.05, math.nan, 1e-3, 30.0)):
-        draw_gradients(params, number, 0.3)
-        for p, twin in zip(params, twins, strict=True):
-            assert p.grad is not None
-            assert twin.grad is not None
-            twin.grad.copy_(p.grad)
+        for ps in (params, twins):
+            draw_gradients(ps, number, 0.3)
         for lr in lrs:
             lr.fill_(0.1 / (1 + number))
         plain.step(loss=torch.tensor(loss))

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from helpers import FLOAT_GROUP, NORMS, assert_consistent, to_numpy
+from helpers import assert_consistent, to_numpy
+from kinds import BOTH_NORMS, FLOAT_GROUP, NORMS
 from reference import Array, FloatParameter, Settings
 from torch import Tensor
 from torch.nn import Parameter
@@ -194,14 +195,14 @@ def test_trajectory(case: Case) -> None:
     run(case, torch.float64, 1e-9, 1e-10)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@BOTH_NORMS
 @pytest.mark.parametrize("quantizer", CLASSES)
 def test_float32(quantizer: str, norm: str) -> None:
     """From the same rounded input. Rounding: 6e-8 a step, times as much as above."""
     run(Case(quantizer, norm, 0.0, 0.1, 0.9, 0.1), torch.float32, 1e-3, 1e-4)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@BOTH_NORMS
 @pytest.mark.parametrize("quantizer", CLASSES)
 def test_large_eps(quantizer: str, norm: str) -> None:
     gammas = [

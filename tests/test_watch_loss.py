@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Kind
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.functional import cross_entropy
@@ -41,11 +42,7 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 
 
 def make(model: nn.Module, kind: type[Any] = DFW) -> Any:
-    if kind is DFW:
-        return DFW(model.parameters(), lr=LR)
-    params = list(model.parameters())
-    vectors = {"params": [p for p in params if p.dim() < 2], "quantizer": None, "radius": None}
-    return kind([{"params": [p for p in params if p.dim() > 1]}, vectors], lr=LR)
+    return Kind(kind.__name__, kind, {"lr": LR}, kind is not DFW).make(model.parameters())
 
 
 def pair(kind: type[Any] = DFW) -> Any:
