@@ -13,6 +13,7 @@ import lightning
 import torch
 import transformers
 from helpers import everything, fingerprint
+from lightning.pytorch import callbacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -149,6 +150,21 @@ def by_hand(
     return run
 
 
+def step(how: str, backward: Any, net: Any, optimizer: Any, batch: Any) -> None:
+    """By what a framework has set up: with a closure, or without, of a loss that is watched."""
+
+    def closure() -> Tensor:
+        loss: Tensor = net(*batch)["loss"]
+        backward(loss)
+        return loss
+
+    if how == "closure":
+        optimizer.step(closure)
+    else:
+        closure()
+        optimizer.step()
+
+
 # Lightning ----------------------------------------------------------------------------------------
 
 
@@ -181,7 +197,7 @@ class Lit(lightning.LightningModule):
         return None
 
 
-class Averaging(lightning.Callback):
+class Averaging(callbacks.Callback):
     """Averages after every step; is saved and resumed with the rest."""
 
     def __init__(self) -> None:

@@ -82,9 +82,8 @@ def test_lightning_in_bfloat16(runs: ModuleType, kind: str) -> None:
 @kinds
 def test_lightning_resumes(runs: ModuleType, kind: str, tmp_path: Path) -> None:
     """In the middle, from a checkpoint without pickled code, the average with it."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    saving = ModelCheckpoint(tmp_path, every_n_train_steps=11, save_top_k=-1, filename="{step}")
+    often = {"every_n_train_steps": 11, "save_top_k": -1, "filename": "{step}"}
+    saving = runs.callbacks.ModelCheckpoint(tmp_path, **often)
     settings = {"max_epochs": 2, "accumulate_grad_batches": 2}
     runs.lightning_fit(runs.start(kind), "watched", [saving], enable_checkpointing=True, **settings)
     rest = runs.start(kind)
@@ -98,10 +97,8 @@ def test_lightning_resumes(runs: ModuleType, kind: str, tmp_path: Path) -> None:
 
 def test_lightnings_average_of_float_weights(runs: ModuleType) -> None:
     """Is right, to the rounding of 1/n to float32."""
-    from lightning.pytorch.callbacks import WeightAveraging
-
     got, wanted = runs.start("float"), runs.start("float")
-    runs.lightning_fit(got, callbacks=[WeightAveraging(use_buffers=False)])
+    runs.lightning_fit(got, callbacks=[runs.callbacks.WeightAveraging(use_buffers=False)])
     wanted.average(multi_avg_fn=swa_utils.get_swa_multi_avg_fn())
     average = runs.by_hand(wanted).averaged.module
     for mine, p in zip(got.net.parameters(), average.parameters(), strict=True):
@@ -110,17 +107,16 @@ def test_lightnings_average_of_float_weights(runs: ModuleType) -> None:
 
 def test_lightnings_average_of_binary_weights(runs: ModuleType) -> None:
     """Is not binary, or lost; that of latents is binary."""
-    from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
     def is_binary(net: Any) -> bool:
         return all(len(row.abs().unique()) == 1 for row in net.layers[3].weight)
 
     run = runs.start("binary")
-    ours = runs.lightning_fit(run, callbacks=[WeightAveraging()]).averaged.module
+    ours = runs.lightning_fit(run, callbacks=[runs.callbacks.WeightAveraging()]).averaged.module
     assert is_binary(ours)
     assert not is_binary(run.net)
     run = runs.start("binary")
-    callback = StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1)
+    callback = runs.callbacks.StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1)
     with pytest.warns(UserWarning, match="changed from outside"):
         runs.lightning_fit(run, callbacks=[callback], max_epochs=3)
     assert_consistent(run.optimizer)
@@ -134,10 +130,8 @@ def test_lightnings_average_of_binary_weights(runs: ModuleType) -> None:
 @pytest.mark.parametrize("how", ["closure", "watched"])
 def test_fabric(runs: ModuleType, kind: str, norm: str, how: str, tmp_path: Path) -> None:
     """A group is added through the wrapper, state saved and loaded through it, and by Fabric."""
-    from lightning.fabric import Fabric
-
     got, wanted = (runs.start(kind, norm, late=True) for _ in range(2))
-    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric = runs.lightning.Fabric(accelerator="cpu", devices=1)
     net, optimizer = fabric.setup(got.net, got.optimizer)
     got.averaged = AveragedModel(got.net, optimizer)
     assert optimizer.gamma.isnan()
@@ -149,7 +143,7 @@ def test_fabric(runs: ModuleType, kind: str, norm: str, how: str, tmp_path: Path
     runs.by_hand(wanted, before=add)
     if how == "watched":
         optimizer.watch_loss(got.net.criterion)
-    for step, (x, y) in enumerate(runs.loader()):
+    for step, batch in enumerate(runs.loader()):
         if step == 3:
             optimizer.add_param_group(runs.late_group(got.net))
             assert_consistent(got.optimizer)
@@ -161,28 +155,16 @@ def test_fabric(runs: ModuleType, kind: str, norm: str, how: str, tmp_path: Path
             for part in (*got.net.parameters(), *got.averaged.buffers()):
                 part.data.zero_()
             fabric.load(tmp_path / "saved", parts)
-
-        def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
-            optimizer.zero_grad()
-            loss: torch.Tensor = net(x, y)["loss"]
-            fabric.backward(loss)
-            return loss
-
-        if how == "closure":
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
+        optimizer.zero_grad()
+        runs.step(how, fabric.backward, net, optimizer, batch)
         got.averaged.update_parameters(net)
     check(got, wanted)
 
 
 def test_fabric_refuses_a_loss(runs: ModuleType) -> None:
     """Its ``step()`` has no other argument than the closure."""
-    from lightning.fabric import Fabric
-
     run = runs.start("binary")
-    _, optimizer = Fabric(accelerator="cpu", devices=1).setup(run.net, run.optimizer)
+    _, optimizer = runs.lightning.Fabric(accelerator="cpu", devices=1).setup(run.net, run.optimizer)
     with pytest.raises(TypeError, match="loss"):
         optimizer.step(loss=1.0)
 
@@ -241,10 +223,8 @@ def test_accelerate(runs: ModuleType, kind: str, how: str, tmp_path: Path) -> No
     from accelerate import Accelerator
 
     got, parts = runs.start(kind), 4 if how == "accumulated" else 1
-    precision = "bf16" if how == "bf16" else "no"
-    accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=parts, mixed_precision=precision
-    )
+    settings = {"mixed_precision": "bf16" if how == "bf16" else "no"}
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts, **settings)
     if how == "scaled":  # a power of 2 is exact
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
     if how != "closure":
@@ -253,19 +233,9 @@ def test_accelerate(runs: ModuleType, kind: str, how: str, tmp_path: Path) -> No
     got.averaged = AveragedModel(got.net, optimizer)
     accelerator.register_for_checkpointing(got.averaged)
     for epoch in range(2):
-        for x, y in batches:
-
-            def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
-                loss: torch.Tensor = net(x, y)["loss"]
-                accelerator.backward(loss)
-                return loss
-
+        for batch in batches:
             with accelerator.accumulate(net):
-                if how == "closure":
-                    optimizer.step(closure)
-                else:
-                    closure()
-                    optimizer.step()
+                runs.step(how, accelerator.backward, net, optimizer, batch)
                 if accelerator.sync_gradients:
                     got.averaged.update_parameters(net)
                 optimizer.zero_grad()
