@@ -25,16 +25,13 @@ def test_forward(ste: str, dtype: torch.dtype) -> None:
 @given(st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=8), st.integers(0, 1000))
 def test_backward(ste: str, values: list[float], seed: int) -> None:
     x = torch.tensor(values, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(
-        len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     (SignActivation(ste=ste)(x) * weights).sum().backward()
-    slopes = [
-        (1.0 if abs(v) <= 1 else 0.0) if ste == "clipped" else max(0.0, 2.0 - 2.0 * abs(v))
-        for v in values
-    ]
+    size = x.detach().abs()
+    slopes = (size <= 1).double() if ste == "clipped" else (2 - 2 * size).clamp(min=0)
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, weights * torch.tensor(slopes, dtype=torch.float64))
+    torch.testing.assert_close(x.grad, weights * slopes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

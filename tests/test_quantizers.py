@@ -63,12 +63,11 @@ def draw(shape: tuple[int, ...], seed: int = 0) -> tuple[State, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     latent = 2 * torch.rand((BATCH, *shape), generator=generator, dtype=torch.float64) - 1
     grad = torch.randn(latent.shape, generator=generator, dtype=torch.float64)
+    state, ones = {"latent": latent}, (1,) * len(shape)
     numbers = {"unit": UNITS, "scale_pos": (0.8, 0.5, 1.2), "scale_neg": (0.3, 0.9, 0.6)}
-    ones = (1,) * len(shape)
-    return {"latent": latent} | {
-        key: torch.tensor(value, dtype=torch.float64).view(-1, *ones)
-        for key, value in numbers.items()
-    }, grad
+    for key, value in numbers.items():
+        state[key] = torch.tensor(value, dtype=torch.float64).view(-1, *ones)
+    return state, grad
 
 
 class Estimate(torch.autograd.Function):
@@ -101,9 +100,8 @@ def surrogate(
     fixed = u.detach()
     if name == "binary":  # through the sign, and through the scale
         a = per_channel(u.abs(), axis, groups, torch.mean)
-        return (
-            c * a * Estimate.apply(u, torch.where(fixed >= 0, 1.0, -1.0).to(u), torch.ones_like(u))
-        )
+        signs = torch.where(fixed >= 0, 1.0, -1.0).to(u)
+        return c * a * Estimate.apply(u, signs, torch.ones_like(u))
     if name == "uniform":  # through the rounding alone
         a, q = per_channel(fixed.abs(), axis, groups, torch.max), 3  # of 3 bits
         x = q * u / a
@@ -120,10 +118,9 @@ def each(state: State) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]
     """Latent, unit and scales of each tensor of a batch, as leaves."""
     for i in range(BATCH):
         u = state["latent"][i].clone().requires_grad_()
-        pos, neg = (
-            state[key][i].reshape(()).clone().requires_grad_() for key in ("scale_pos", "scale_neg")
-        )
-        yield u, state["unit"][i].reshape(()), (pos, neg)
+        unit, *W = (state[key][i].reshape(()) for key in ("unit", "scale_pos", "scale_neg"))
+        pos, neg = (scale.clone().requires_grad_() for scale in W)
+        yield u, unit, (pos, neg)
 
 
 @pytest.mark.parametrize(("name", "shape", "axis", "groups", "theta"), CASES)
@@ -213,10 +210,9 @@ def test_zeros(name: str, dtype: torch.dtype) -> None:
 def quantize(name: str, latent: list[list[float]], **own: Any) -> list[list[float]]:
     numbers = {"unit": 2.0, "scale_pos": 0.75, "scale_neg": 0.25}
     state = {key: torch.full((1, 1, 1), value) for key, value in numbers.items()}
-    result: list[list[list[float]]] = (
-        make(name, **own).quantize({**state, "latent": torch.tensor([latent])}).tolist()
-    )
-    return result[0]
+    values = make(name, **own).quantize({**state, "latent": torch.tensor([latent])})
+    result: list[list[float]] = values[0].tolist()
+    return result
 
 
 def test_values_of_binary() -> None:
@@ -227,15 +223,10 @@ def test_values_of_binary() -> None:
 
 def test_values_of_ternary() -> None:
     """Δ = t·max|u| of the whole tensor; both u > Δ and u < −Δ are strict, and 0.5 is exact."""
-    assert quantize(
-        "ternary", [[1.0, 0.5, -0.5], [0.5000001, -0.5000001, -0.0]], threshold=0.5
-    ) == [
-        [1.5, 0.0, 0.0],
-        [1.5, -0.5, 0.0],
-    ]
-    assert quantize("ternary", [[0.0, 1e-30, -1e-30, 1.0]], threshold=0.0) == [
-        [0.0, 1.5, -0.5, 1.5]
-    ]
+    latent = [[1.0, 0.5, -0.5], [0.5000001, -0.5000001, -0.0]]
+    assert quantize("ternary", latent, threshold=0.5) == [[1.5, 0.0, 0.0], [1.5, -0.5, 0.0]]
+    values = quantize("ternary", [[0.0, 1e-30, -1e-30, 1.0]], threshold=0.0)
+    assert values == [[0.0, 1.5, -0.5, 1.5]]
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -258,6 +249,5 @@ def test_levels_of_uniform(bits: int) -> None:
 def test_ties_of_uniform_go_to_the_even_level() -> None:
     """With q = 2 in units of a: halfway between 0 and ½ to 0, between ½ and 1 to 1 (q is 3: ⅓)."""
     assert quantize("uniform", [[1.0, 0.5, -0.5, 0.49]], bits=2) == [[2.0, 0.0, 0.0, 0.0]]
-    assert quantize("uniform", [[6.0, 1.0, 3.0, 5.0, -5.0]], bits=3) == [
-        pytest.approx([12.0, 0.0, 8.0, 8.0, -8.0])
-    ]
+    (values,) = quantize("uniform", [[6.0, 1.0, 3.0, 5.0, -5.0]], bits=3)
+    assert values == pytest.approx([12.0, 0.0, 8.0, 8.0, -8.0])

@@ -141,28 +141,21 @@ class TestClosedForm:
         steep = sum(e.lr * e.metric * e.gradient**2 for e in elements) + eps
         assert abs(gamma - expected) * steep <= ROUNDING * problem.size()
 
-    @pytest.mark.parametrize(
-        ("loss", "decay", "full", "eps", "expected"),
-        [
-            (1.0, 0.0, 2.0, 0.0, 0.5),
-            (1.0, 0.5, 2.0, 0.0, 0.25),
-            (1.0, -0.5, 2.0, 0.0, 0.75),
-            (1.0, 0.0, 2.0, 2.0, 0.25),
-            (3.0, 0.0, 2.0, 0.0, 1.0),
-            (1.0, 1.5, 2.0, 0.0, 0.0),
-            (0.0, 0.0, 2.0, 0.0, 0.0),
-            (1.0, 0.0, 0.0, 0.0, 1.0),
-            (0.0, 0.0, 0.0, 0.0, 1.0),
-            (0.0, 0.0, 0.0, 1e-5, 0.0),
-            (0.0, 1.0, 0.0, 0.0, 0.0),
-        ],
-    )
-    def test_values(
-        self, loss: float, decay: float, full: float, eps: float, expected: float
-    ) -> None:
-        gamma = step_size.closed_form(double(loss), double(decay), double(full), eps)
-        assert gamma.dim() == 0
-        assert float(gamma) == expected
+    # γ, and cases of the loss, what decay takes from the plane, what a whole step takes, and ε.
+    VALUES: dict[float, list[tuple[float, ...]]] = {  # noqa: RUF012
+        0.0: [(1, 1.5, 2, 0), (0, 0, 2, 0), (0, 0, 0, 1e-5), (0, 1, 0, 0)],
+        0.25: [(1, 0.5, 2, 0), (1, 0, 2, 2)],
+        0.5: [(1, 0, 2, 0)],
+        0.75: [(1, -0.5, 2, 0)],
+        1.0: [(3, 0, 2, 0), (1, 0, 0, 0), (0, 0, 0, 0)],
+    }
+
+    @pytest.mark.parametrize("expected", VALUES)
+    def test_values(self, expected: float) -> None:
+        for loss, decay, full, eps in self.VALUES[expected]:
+            gamma = step_size.closed_form(double(loss), double(decay), double(full), eps)
+            assert gamma.dim() == 0
+            assert float(gamma) == expected
 
 
 class TestSlope:
