@@ -70,14 +70,6 @@ def test_correct_by_a_margin_is_zero() -> None:
     assert torch.equal(scores.grad, torch.zeros(2, 2))
 
 
-def test_smooth_falls_back_for_each_sample() -> None:
-    """Where the softmax sum is negative the argmax takes over, sample by sample."""
-    scores = torch.tensor([[2.0, 0.5], [0.0, 0.0]], dtype=torch.float64)
-    targets = torch.tensor([0, 0])
-    # First: aug = (0, −0.5), Σ ξ·aug < 0, argmax gives 0. Second: aug = (0, 1), ξ = (½, ½).
-    assert float(MultiClassHingeLoss(smooth=True)(scores, targets)) == pytest.approx(0.25)
-
-
 @pytest.mark.parametrize("smooth", [False, True])
 def test_no_gradient_through_the_dual_vertex(smooth: bool) -> None:
     """ξ is detached: the second derivative is zero even where ξ is a softmax."""
