@@ -379,7 +379,7 @@ def sweep_data() -> Data:
     }
 
 
-LINES = {"DFW": "C3", "Euclidean DFW": "C0", "Adam": "C1", "SGD": "C2"}
+LINES = {"DFW": "C3", "Euclidean DFW": "C0", "Adam": "C1", "SGD": "C2", "Muon": "C4"}
 
 
 def draw_sweep(data: Data) -> Figure:
@@ -395,7 +395,13 @@ def draw_sweep(data: Data) -> Figure:
         axis.set_title(results.NAMES[net], **TITLE)
         axis.set(xscale="log", ylim=(5, 75), yticks=[10, 20, 30, 40, 50, 60, 70])
         axis.axhline(10, **THIN)
-    places = {"DFW": (3, 66), "Euclidean DFW": (4, 42), "Adam": (1e-4, 51), "SGD": (1.5, 15)}
+    places = {
+        "DFW": (3, 66),
+        "Euclidean DFW": (4, 42),
+        "Adam": (1e-4, 51),
+        "SGD": (1.5, 15),
+        "Muon": (0.06, 58),
+    }
     for who, (x, y) in places.items():
         axes[0].text(x, y, who, color=LINES[who])
     axes[-1].set_xlabel("lr")
@@ -411,6 +417,9 @@ def curves_data() -> Data:
             continue  # the yardstick is one line
         lines = data.setdefault(net, {})
         lines[run.optimizer] = [100 * row["accuracy"] for row in run.rows]
+    for run in results.load("main"):  # DFW, so far for five epochs
+        if run.optimizer == "DFW" and run["seed"] == "0" and not run["shortcut"]:
+            data[run["net"]]["DFW"] = [100 * row["average_accuracy"] for row in run.rows]
     return data
 
 
@@ -429,11 +438,13 @@ def draw_curves(data: Data) -> Figure:
         for net, style in nets.items():
             for who, values in data[net].items():
                 epochs = range(1, len(values) + 1)
-                axis.plot(epochs, values, style, color=LINES[who], linewidth=1.2)
+                width = 2.4 if who == "DFW" else 1.2
+                axis.plot(epochs, values, style, color=LINES[who], linewidth=width)
         axis.set_title(title, **TITLE)
         axis.set(ylim=(40, 92), yticks=[40, 50, 60, 70, 80, 90])
     labels = [("Euclidean DFW", 0, 19, 77), ("Adam", 0, 16, 59), ("Euclidean DFW", 1, 19, 73)]
     labels += [("Adam", 1, 8, 61), ("Euclidean DFW", 2, 10, 86), ("Adam", 2, 16, 71)]
+    labels += [("DFW", 0, 3, 68), ("DFW", 1, 2, 82), ("DFW", 2, 2, 81)]
     for who, panel, x, y in [*labels, ("SGD", 2, 26, 66)]:
         axes[panel].text(x, y, who, color=LINES[who])
     axes[-1].set_xlabel("epoch")
@@ -474,6 +485,8 @@ COLOURS = {
     "#1f77b4": "var(--figure-1, #3987c9)",
     "#ff7f0e": "var(--figure-2, #d9730d)",
     "#2ca02c": "var(--figure-3, #2f9a4f)",
+    "#d62728": "var(--figure-4, #d62728)",
+    "#9467bd": "var(--figure-5, #9467bd)",
     "#808080": "var(--figure-0, #808080)",
 }
 NAMESPACE = "http://www.w3.org/2000/svg"

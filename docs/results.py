@@ -31,7 +31,7 @@ PAGES = (DOCS / "results.md", DOCS / "design-notes.md", DOCS.parent / "README.md
 RUNS = DOCS / "runs"
 
 NETS = ("float", "binary", "ternary", "xnor")
-SWEPT = ("DFW", "Euclidean DFW", "Adam", "SGD")
+SWEPT = ("DFW", "Euclidean DFW", "Adam", "SGD", "Muon")
 ARCHES = ("wrn16-2", "densenet28")
 NAMES = {
     "float": "float",
@@ -230,7 +230,7 @@ def sweep() -> dict[tuple[str, str], dict[float, float]]:
     """Accuracy by lr, for every net and optimizer; DFW without a schedule, the others with one."""
     points: dict[tuple[str, str], dict[float, float]] = {}
     for net, who in itertools.product(NETS, SWEPT):
-        loss = "ce" if who in ("Adam", "SGD") else "svm"
+        loss = "svm" if who.endswith("DFW") else "ce"
         schedule = "none" if who == "DFW" else "cosine"
         tried = pick(load("sweep"), net=net, loss=loss, schedule=schedule, seed="0")
         chosen = sorted((run for run in tried if run.optimizer == who), key=by_lr)
@@ -260,6 +260,21 @@ def gamma_table() -> str:
         if run["schedule"] == "none" and not run["shortcut"]:
             rows.append([NAMES[run["net"]], *(f"{row['gamma_mean']:.2f}" for row in run.rows)])
     return markdown(["net", *(f"epoch {i}" for i in range(1, 6))], rows)
+
+
+def limit_table() -> str:
+    """γ, its product with lr and the accuracy in the last epoch, at the default lr and others."""
+    runs = [run for run in load("sweep") if run.optimizer == "DFW"]
+    rates = ("0.07", "1", "100")
+    rows = []
+    for net in NETS:
+        cells = [NAMES[net]]
+        for lr in rates:
+            for run in pick(runs, net=net, lr=lr, seed="0", schedule="none"):
+                gamma = run.rows[-1]["gamma_mean"]
+                cells.append(f"{gamma:.2g} · {lr} = {gamma * by_lr(run):.3f}; {run.accuracy:.1f} %")
+        rows.append(cells)
+    return markdown(["net", *(f"`lr` {lr}" for lr in rates)], rows)
 
 
 def decades(points: dict[float, float], within: float) -> float:
@@ -377,6 +392,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long": lambda: budget_table("long", "30"),
     "sweep": sweep_table,
     "gamma": gamma_table,
+    "limit": limit_table,
     "ablations": ablation_table,
     "open": open_table,
     "relaxed": relaxed_table,
