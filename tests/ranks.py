@@ -33,7 +33,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import KINDS, MAIN_KINDS, Kind, fingerprint, forward_weights, same_bits
+from helpers import fingerprint, forward_weights, same_bits
+from kinds import KINDS, MAIN_KINDS, Kind
 from torch import Tensor, nn
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed.checkpoint import load as dcp_load  # type: ignore[attr-defined]
@@ -71,8 +72,8 @@ SAVED = [*MAIN_KINDS, BARE]
 class Results:
     """What the checks returned on each rank, for each kind."""
 
-    def __init__(self, by_rank: list[dict[str, Any]]) -> None:
-        self.by_rank = by_rank
+    def __init__(self, folder: Path, by_rank: list[dict[str, Any]]) -> None:
+        self.folder, self.by_rank = folder, by_rank
 
     def of(self, check: str, kind: Kind) -> list[Any]:
         """Rank by rank; fails the test where a rank did not get that far."""
@@ -96,7 +97,8 @@ def launch(ranks: int, folder: Path) -> Results:
         for process in processes:
             process.kill()
     assert not any(codes), (folder / f"{codes.index(max(codes))}.log").read_text()[-3000:]
-    return Results([torch.load(folder / f"{r}.pt", weights_only=True) for r in range(ranks)])
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    return Results(folder, found)
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,6 @@ def make_batch(step: int) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(3, (SAMPLES,), generator=generator)
 
 
-def _columns(p: nn.Parameter) -> Shard | None:
-    return Shard(1) if p.dim() > 1 and p.shape[1] % 2 == 0 else None
-
-
 def _shard(model: Net, layout: str, ranks: int, **settings: Any) -> Any:
     """Cuts the model up, and returns what is to be called."""
     styles: Any = {
@@ -156,7 +154,8 @@ def _shard(model: Net, layout: str, ranks: int, **settings: Any) -> Any:
         parallelize_module(model, mesh["tensor"], styles)
         settings["mesh"] = mesh["data"]
     if layout == "columns":
-        settings["shard_placement_fn"] = _columns
+        even = {p for p in model.parameters() if p.dim() > 1 and p.shape[1] % 2 == 0}
+        settings["shard_placement_fn"] = lambda p: Shard(1) if p in even else None
     fully_shard(model.hidden, **settings)
     return fully_shard(model, **settings)
 
@@ -223,14 +222,9 @@ class Training:
     def outcome(self) -> dict[str, Any]:
         """The whole tensors, on every rank."""
         values = {name: whole(value) for name, value in self.tensors().items()}
-        quantized = [self._quantized(group, values) for group in self.optimizer.param_groups]
-        skipped = int(self.optimizer.skipped_steps)
-        return {
-            "gammas": self.gammas,
-            "skipped": skipped,
-            "values": values,
-            "exact": all(quantized),
-        }
+        exact = all(self._quantized(group, values) for group in self.optimizer.param_groups)
+        numbers = {"gammas": self.gammas, "skipped": int(self.optimizer.skipped_steps)}
+        return numbers | {"values": values, "exact": exact}
 
     def _quantized(self, group: dict[str, Any], values: dict[str, Tensor]) -> bool:
         """Whether the parameters of a group are exactly Q of the latents."""
@@ -264,10 +258,10 @@ def groups(kind: Kind, world: World) -> list[Any]:
     with pytest.raises(TypeError, match="process group of its own"):
         copy.deepcopy(pair.optimizer)
     alone = Training(kind, World(), "ddp", process_group=None)
-    with recorded_communication() as calls:
+    with Recorder() as recorder:
         alone.run(2 + world.rank)  # as many as it likes
     cut = Training(kind, world, "rows", process_group=None).run(STEPS)
-    return [pair.gammas, len(calls), alone.gammas, cut.gammas]
+    return [pair.gammas, len(recorder.calls), alone.gammas, cut.gammas]
 
 
 def clipped(kind: Kind, world: World) -> dict[str, Any]:
@@ -391,7 +385,13 @@ def no_values(kind: Kind, world: World) -> dict[str, Any]:
     return {"before": end(True), "after": end(False)}
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
+    """Every collective inside, whatever function started it: its name, and the bytes of the larger
+    of what a rank gives and gets.
+
+    What the reducer of DistributedDataParallel does is not seen, as it does not go through Python.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, int]] = []
@@ -406,17 +406,6 @@ class _Recorder(TorchDispatchMode):
             tensors = [t for t in tree_leaves(args[:2]) if isinstance(t, Tensor)]
             self.calls.append((name, max(t.nbytes for t in tensors)))
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def recorded_communication() -> Iterator[list[tuple[str, int]]]:
-    """Every collective inside, whatever function started it: its name, and the bytes of the larger
-    of what a rank gives and gets.
-
-    What the reducer of DistributedDataParallel does is not seen, as it does not go through Python.
-    """
-    with _Recorder() as recorder:
-        yield recorder.calls
 
 
 @contextmanager
@@ -448,9 +437,9 @@ def communication(kind: Kind, world: World) -> dict[str, Any]:
         optimizer = kind.make(model.parameters(), lr=0.1, weight_decay=1e-3)
         loss = net(torch.ones(4, width)).square().mean()
         loss.backward()
-        with recorded_communication() as calls, counted_matrices() as matrices:
+        with Recorder() as recorder, counted_matrices() as matrices:
             optimizer.step(loss=loss)
-        result[f"{place} {width} {depth}"] = [calls, matrices]
+        result[f"{place} {width} {depth}"] = [recorder.calls, matrices]
     return result
 
 
@@ -567,14 +556,6 @@ def load(kind: Kind, world: World, folder: Path) -> dict[str, Any]:
     return result
 
 
-def saved(kind: Kind, world: World) -> dict[str, Any]:
-    return save(kind, world, world.folder / "saved")
-
-
-def loaded(kind: Kind, world: World) -> dict[str, Any]:
-    return load(kind, world, world.folder / "others")
-
-
 Check = tuple[str, Callable[[Kind, World], Any], Sequence[Kind]]
 QUANTIZED = [kind for kind in MAIN_KINDS if kind.quantized]
 SPECTRAL = [kind for kind in MAIN_KINDS if kind.norm == "spectral"]
@@ -591,7 +572,7 @@ def checks(ranks: int) -> list[Check]:
         ("communication", communication, COUNTED if ranks == 2 else SPECTRAL),
         ("placements", placements, MAIN_KINDS),
         ("directions", directions, SPECTRAL[:1]),
-        ("loaded", loaded, SAVED),
+        ("loaded", lambda kind, world: load(kind, world, world.folder / "others"), SAVED),
     ]
     if ranks == 4:
         return [layout("rows"), layout("hybrid"), layout("both"), *on_both]
@@ -599,7 +580,9 @@ def checks(ranks: int) -> list[Check]:
     return [
         *(layout("ddp", KINDS), layout("rows", KINDS), layout("columns"), layout("tensor")),
         *((check.__name__, check, MAIN_KINDS) for check in main),
-        *(("written", written, QUANTIZED), ("saved", saved, SAVED), *on_both),
+        ("written", written, QUANTIZED),
+        ("saved", lambda kind, world: save(kind, world, world.folder / "saved"), SAVED),
+        *on_both,
     ]
 
 

@@ -17,13 +17,12 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from helpers import KINDS, MAIN_KINDS, Kind, fingerprint
+from helpers import fingerprint
+from kinds import ALL_KINDS, KINDS, MAIN, Kind
 from ranks import QUANTIZED, SAVED, SIZES, SPECTRAL, STEPS, Results, World, launch
-from torch import Tensor
 
 TOLERANCE = 1e-10
 ALONE = World()
-MAIN = pytest.mark.parametrize("kind", MAIN_KINDS, ids=str)
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo"),
@@ -39,39 +38,30 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def two(one: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    folder = tmp_path_factory.mktemp("two")
+def pair(one: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("pair")
     shutil.copytree(one[0], folder / "others")
-    return folder / "saved", launch(2, folder)
+    return launch(2, folder)
 
 
 @pytest.fixture(scope="module")
-def four(two: tuple[Path, Results], tmp_path_factory: pytest.TempPathFactory) -> Results:
+def four(pair: Results, tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("four")
-    shutil.copytree(two[0], folder / "others")
+    shutil.copytree(pair.folder / "saved", folder / "others")
     return launch(4, folder)
 
 
-@pytest.fixture
-def pair(two: tuple[Path, Results]) -> Results:
-    return two[1]
-
-
-@pytest.fixture(params=[2, 4], ids=["two", "four"])
+@pytest.fixture(params=["pair", "four"])
 def results(request: pytest.FixtureRequest) -> Results:
-    number: int = request.param
-    found: Results = request.getfixturevalue({2: "pair", 4: "four"}[number])
+    found: Results = request.getfixturevalue(request.param)
     return found
 
 
+@functools.cache
 def expected(kind: Kind, layout: str) -> dict[str, Any]:
     """The same training in one process, on the joined batch."""
-    return _expected(str(kind), "tensor" if layout in ("tensor", "both") else "rows")
-
-
-@functools.cache
-def _expected(name: str, layout: str) -> dict[str, Any]:
-    (kind,) = (kind for kind in KINDS if str(kind) == name)
+    if layout not in ("rows", "tensor"):
+        return expected(kind, "tensor" if layout == "both" else "rows")
     return ranks.trained(kind, ALONE, layout)
 
 
@@ -83,19 +73,16 @@ def assert_equal_runs(
         assert run["skipped"] == wanted["skipped"] == 0
         assert run["exact"] or not exact
         assert run["gammas"] == pytest.approx(wanted["gammas"], rel=TOLERANCE)
-        assert_close(run["values"], wanted["values"])
         assert fingerprint(run["values"]) == fingerprint(by_rank[0]["values"])
-
-
-def assert_close(values: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert values.keys() == wanted.keys()
-    for name, value in values.items():
-        assert (value.shape, value.dtype) == (wanted[name].shape, wanted[name].dtype), name
-        assert torch.allclose(value, wanted[name], TOLERANCE, TOLERANCE, equal_nan=True), name
+        assert run["values"].keys() == wanted["values"].keys()
+        for name, value in run["values"].items():
+            one = wanted["values"][name]
+            assert (value.shape, value.dtype) == (one.shape, one.dtype), name
+            assert torch.allclose(value, one, TOLERANCE, TOLERANCE, equal_nan=True), name
 
 
 class TestEqualToOneProcess:
-    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @ALL_KINDS
     def test_data_parallel(self, pair: Results, kind: Kind) -> None:
         """Each rank passes its own loss, and after every step all hold the same bits."""
         runs = pair.of("ddp", kind)
@@ -103,7 +90,7 @@ class TestEqualToOneProcess:
         assert len(set(runs[0]["digests"])) == STEPS
         assert runs[0]["digests"] == runs[1]["digests"]
 
-    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @ALL_KINDS
     def test_fully_shard(self, pair: Results, kind: Kind) -> None:
         """Rows that the ranks do not divide."""
         assert_equal_runs(pair.of("rows", kind), expected(kind, "rows"))
@@ -111,7 +98,8 @@ class TestEqualToOneProcess:
     @MAIN
     @pytest.mark.parametrize(
         ("results", "layout"),
-        [(2, "columns"), (2, "tensor"), (4, "rows"), (4, "hybrid"), (4, "both")],
+        [("pair", x) for x in ("columns", "tensor")]
+        + [("four", x) for x in ("rows", "hybrid", "both")],
         indirect=["results"],
     )
     def test_layouts(self, results: Results, layout: str, kind: Kind) -> None:
@@ -122,7 +110,7 @@ class TestEqualToOneProcess:
         # The scale of a channel that is cut is a mean over ranks, with a last digit of its own.
         assert_equal_runs(runs, expected(kind, layout), exact=layout != "columns")
 
-    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @ALL_KINDS
     def test_the_sums_count(self, kind: Kind) -> None:
         """These trainings would tell: γ depends on the loss and all sums in most of their steps."""
         gammas = expected(kind, "rows")["gammas"]
@@ -175,7 +163,7 @@ class TestWhatOneRankAloneKnows:
     @MAIN
     @pytest.mark.parametrize(
         ("results", "layout"),
-        [(2, "ddp"), (2, "rows"), (2, "tensor"), (4, "ddp"), (4, "rows")],
+        [("pair", x) for x in ("ddp", "rows", "tensor")] + [("four", x) for x in ("ddp", "rows")],
         indirect=["results"],
     )
     def test_bad_numbers(self, results: Results, layout: str, kind: Kind) -> None:
@@ -290,10 +278,8 @@ class TestCheckpoints:
         self.check(results.of("loaded", kind), one[1][str(kind)])
 
     @pytest.mark.parametrize("kind", SAVED, ids=str)
-    def test_one_process(
-        self, two: tuple[Path, Results], one: tuple[Path, Any], kind: Kind
-    ) -> None:
-        self.check([ranks.load(kind, ALONE, two[0])], one[1][str(kind)])
+    def test_one_process(self, pair: Results, one: Any, kind: Kind) -> None:
+        self.check([ranks.load(kind, ALONE, pair.folder / "saved")], one[1][str(kind)])
 
     @pytest.mark.parametrize("kind", SAVED, ids=str)
     def test_saving(self, pair: Results, one: Any, kind: Kind) -> None:
