@@ -347,8 +347,7 @@ def refusals(kind: Kind, world: World) -> dict[str, list[Any]]:
     spoilt = Training(BARE, world, "rows").model.hidden.weight
     if last:
         local(next(v for s in nan["state"].values() for v in s.values() if v.dim())).fill_(math.nan)
-        state = next(iter(lacking["state"].values()))
-        state.pop(next(iter(state)))
+        next(iter(lacking["state"].values()))["more"] = torch.zeros(())
         local(spoilt.detach()).fill_(math.nan)
     columns = Training(kind, world, "columns").run(1).optimizer.state_dict()
     states = {"nan": nan, "lacks": lacking, "columns": columns}

@@ -1,7 +1,5 @@
 """SignActivation: sign(0) = +1, and the two straight-through derivatives."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -187,7 +187,7 @@ class TestWhatOneRankAloneKnows:
             pytest.skip("floats may start with any numbers")
         reasons = {
             "nan": ["another rank cannot load this checkpoint", "NaN or infinite values"],
-            "lacks": ["another rank cannot load this checkpoint", "lacks"],
+            "lacks": ["another rank cannot load this checkpoint", "both have ['more']"],
             "columns": ["set_optimizer_state_dict", "set_optimizer_state_dict"],
             "model": ["holds NaN or infinity", "holds NaN or infinity"],
         }

@@ -1,7 +1,5 @@
 """What imports what: the core can be read alone, and the package needs torch alone."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What holds after every step, in both norms, whatever the gradients."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """MultiClassHingeLoss against loops over samples and classes."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

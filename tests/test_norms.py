@@ -1,7 +1,5 @@
 """Directions: orthogonal factors against torch.linalg.svd, all others against their definition."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

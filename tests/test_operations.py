@@ -3,8 +3,6 @@
 Operations are counted, and storages followed, where torch dispatches them.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """param_groups: where each weight goes, as what it is stepped, and that it can be seen."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import re

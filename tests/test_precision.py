@@ -1,7 +1,5 @@
 """Half and double precision: what is small is not lost, and what is large does not overflow."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

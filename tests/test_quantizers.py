@@ -8,8 +8,6 @@ number, from the surrogate's Jacobian.
 # torch leaves the application of a Function untyped.
 # mypy: disable-error-code="no-untyped-call"
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator

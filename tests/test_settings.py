@@ -3,8 +3,6 @@
 A refusal leaves everything as it was. What cannot be meant, and is no error, is warned of once.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import re

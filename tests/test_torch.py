@@ -6,8 +6,6 @@ Where torch ships checks of its optimizers they are taken from there.
 # torch leaves backward() untyped, and what torch.compile returns.
 # mypy: disable-error-code="no-untyped-call"
 
-from __future__ import annotations
-
 import copy
 import math
 import shutil

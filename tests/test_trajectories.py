@@ -4,8 +4,6 @@ Each case trains layers of all kinds at once: of one shape (a batch), tall, wide
 transposed ones with groups, stacks of matrices, tables of rows, vectors and single numbers.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
