@@ -264,9 +264,7 @@ class LatentOptimizer(Optimizer):
         if value.is_complex() if is_tensor else not isinstance(value, int | float):
             raise TypeError(f"{source} is {value!r}; it must be a real scalar tensor or a number")
         if is_tensor and value.numel() != 1:
-            raise ValueError(
-                f"{source} has shape {[*value.shape]}; it must be a scalar: loss.mean()"
-            )
+            raise ValueError(f"{source} has shape {tuple(value.shape)}; it must be a scalar")
         trained = (p for g in self.param_groups for p in g["params"] if p.grad is not None)
         where = next((p.device for p in trained if not p.is_meta), self._gamma.device)
         if where != self._gamma.device:  # what all parameters share follows them

@@ -95,8 +95,9 @@ class TestResumed:
         other = kind.make(others)
         train(other, others[1:], 1)
         frozen = copy.deepcopy(other.state_dict())
-        with refused(optimizer, "freeze it, load, then unfreeze"):
-            optimizer.load_state_dict(frozen)
+        if kind.quantized or kind.norm == "spectral":  # else it may be that momentum was 0
+            with refused(optimizer, "freeze it, load, then unfreeze"):
+                optimizer.load_state_dict(frozen)
         other.load_state_dict(frozen)
         other.load_state_dict(optimizer.state_dict())
         others[0].requires_grad_(True)
@@ -180,8 +181,8 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (state("latent", lambda x: x.to("meta")), "no values"),
     (state("latent", lambda x: x.to_sparse()), "sparse"),
     (state("unit", lambda x: x.expand(2)), r"unit of shape \(2,\)"),
-    (lambda saved: saved["state"][0].pop("latent"), r"lacks \['latent'\]"),
-    (lambda saved: saved["state"][0].update(x=torch.ones(())), r"has \['x'\]"),
+    (lambda saved: saved["state"][0].pop("latent"), r"not both have \['latent'\]"),
+    (lambda saved: saved["state"][0].update(x=torch.ones(())), r"not both have \['x'\]"),
     (lambda saved: saved["state"].pop(0), "freeze it, load, then unfreeze"),
     (lambda saved: saved["state"].update({0: [1]}), r"\[1\], not a dict"),
 ]
