@@ -396,7 +396,7 @@ def draw_sweep(data: Data) -> Figure:
         axis.set(xscale="log", ylim=(5, 75), yticks=[10, 20, 30, 40, 50, 60, 70])
         axis.axhline(10, **THIN)
     places = {
-        "DFW": (3, 66),
+        "DFW": (3, 60),
         "Euclidean DFW": (4, 42),
         "Adam": (1e-4, 51),
         "SGD": (1.5, 15),
