@@ -154,16 +154,23 @@ def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
     """Checks what may have been changed since the last step: settings, and parameters."""
     if torch.compiler.is_compiling():
         return
-    for group, seen in zip(optimizer.param_groups, optimizer._seen, strict=True):
-        if any(group.get(k) is not x and settings(group) != seen for k, x in seen.items()):
-            check_settings(group, optimizer.defaults)
-            for name in FIXED:
-                if (value := group.get(name)) != seen[name]:
-                    was = f"{name}={value!r} was {seen[name]!r}"
-                    raise ValueError(f"{was} and cannot change; make a new optimizer")
-            for other in optimizer.param_groups:
-                _check_shared(other, optimizer.param_groups[0])
-            seen |= settings(group)
+    groups = optimizer.param_groups
+    changed = [
+        (group, seen)
+        for group, seen in zip(groups, optimizer._seen, strict=True)
+        if any(group.get(k) is not x and settings(group) != seen for k, x in seen.items())
+    ]
+    for group, seen in changed:
+        check_settings(group, optimizer.defaults)
+        for name in FIXED:
+            if (value := group.get(name)) != seen[name]:
+                was = f"{name}={value!r} was {seen[name]!r}"
+                raise ValueError(f"{was} and cannot change; make a new optimizer")
+    for group in groups if changed else ():  # once, not for each that a scheduler has changed
+        _check_shared(group, groups[0])
+    for group, seen in changed:
+        seen |= settings(group)
+    for group in groups:
         for p in group["params"]:
             if p.grad is not None and not optimizer.state.get(p):
                 _check_parameter(p, group)  # frozen until now

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Variable", "add_", "squares", "stack", "update_", "wide"]
+__all__ = ["Variable", "squares", "stack", "update_", "wide"]
 
 Batch = Tensor | list[Tensor]
 """Tensors of one shape, as a sequence or stacked along a first dimension."""
