@@ -84,7 +84,7 @@ def polar(matrix: Tensor, products: torch.dtype | None = None) -> Tensor:
     """
     if matrix.shape[1] > matrix.shape[2]:
         return polar(matrix.mT, products).mT
-    x = _normalised(matrix, dims=(1, 2)) / math.sqrt(matrix.shape[1] * matrix.shape[2])
+    x = _normalised(matrix, dims=(1, 2), rms=(matrix.shape[1] * matrix.shape[2]) ** -0.5)
     if matrix.shape[2] < 2 * matrix.shape[1]:
         narrow = products is not None and x.dtype == torch.float32
         # Beyond the largest value that they are made for, polynomials grow fast: leave room.
@@ -105,9 +105,13 @@ def polar(matrix: Tensor, products: torch.dtype | None = None) -> Tensor:
     return torch.bmm(product, x)
 
 
-def _normalised(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Root mean square 1; in two divisions, since squares of float32 overflow early."""
+def _normalised(x: Tensor, dims: tuple[int, ...], rms: float = 1.0) -> Tensor:
+    """With this root mean square; in two divisions, since squares of float32 overflow early."""
     if not dims:
         return x.sign()
-    x = x / x.abs().mean(dims, keepdim=True).clamp(min=1e-30)
-    return x / x.square().mean(dims, keepdim=True).sqrt().clamp(min=1e-30)
+    x = x / torch.linalg.vector_norm(x, math.inf, dims, keepdim=True).clamp(min=1e-30)
+    length = x
+    for dim in reversed(dims):  # one by one: over many elements at once float32 loses digits
+        length = torch.linalg.vector_norm(length, 2, dim, keepdim=True)
+    usual = rms * math.sqrt(math.prod(x.shape[dim] for dim in dims))
+    return x.div_(length.clamp(min=1e-30) / usual)
