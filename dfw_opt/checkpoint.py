@@ -61,8 +61,8 @@ def _check_state(state: Any, p: Tensor, optimizer: Any, group: str) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(f"{where} is {state!r}, not a dictionary")
     own = optimizer.state.get(p, {})
-    known = {"plane_height": optimizer._height} | own
-    differ = (state.keys() ^ own.keys()) - {"plane_height"}
+    known = {"plane": optimizer._plane} | own
+    differ = (state.keys() ^ own.keys()) - {"plane"}
     differ = sorted(k for k in differ if not k.endswith("momentum_buffer"))  # it may have been 0
     has = f"{where} and the optimizer's do not both have {differ}"
     how = "if it was frozen when this was saved: freeze it, load, then unfreeze"
@@ -73,13 +73,11 @@ def _check_state(state: Any, p: Tensor, optimizer: Any, group: str) -> None:
         shape = known[key].shape if key in known else p.shape if value.dim() else torch.Size()
         _need(value.shape == shape, f"{has} of shape {tuple(value.shape)}, not {tuple(shape)}")
         # A single number is the same on all processes, whether it says so or not.
-        placed = not value.dim() or sharding.cut(value) == sharding.cut(p)
+        placed = key == "plane" or not value.dim() or sharding.cut(value) == sharding.cut(p)
         _need(placed, f"{has} that is not sharded as the parameter is; {_HOW}")
         usable = value.layout == torch.strided and value.is_floating_point() and not value.is_meta
         _need(usable, f"{has} that is sparse, not floating point, or has no values")
-        # Before the first step there is no plane.
-        finite = key == "plane_height" or sharding.local(value).isfinite().all()
-        _need(finite, f"{has} with NaN or infinite values")
+        _need(sharding.local(value).isfinite().all(), f"{has} with NaN or infinite values")
 
 
 @torch.inference_mode(False)
@@ -90,8 +88,8 @@ def restore(optimizer: Any, loaded: Mapping[str, Any]) -> None:
     for saved, group in zip(loaded["param_groups"], optimizer.param_groups, strict=True):
         for index, p in zip(saved["params"], group["params"], strict=True):
             state = {key: value.detach() for key, value in loaded["state"].get(index, {}).items()}
-            if "plane_height" in state:
-                optimizer._height.copy_(sharding.whole(state.pop("plane_height")))
+            if "plane" in state:
+                optimizer._plane.copy_(sharding.whole(state.pop("plane")))
             optimizer.state.pop(p, None)
             for key, value in state.items():
                 wide = value.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)

@@ -47,8 +47,10 @@ class DFW(FrankWolfe):
     Args:
         params: parameters, or groups with their own settings, see :func:`~dfw_opt.param_groups`.
         lr: :math:`\eta \ge 0`; a float or a 1-element tensor. In the spectral norm the *relative*
-            length of the longest step: at 1, a step may change every matrix by its own size. In
-            the Euclidean norm the paper's proximal coefficient, the largest learning rate.
+            length of the longest step: at 1, a step may change every matrix by its own size. It is
+            that of the first steps: :math:`\eta` falls like :math:`1/\sqrt{1 + t/100}` with their
+            number. In the Euclidean norm the paper's proximal coefficient, the largest learning
+            rate.
         momentum: :math:`\mu \in [0, 1)`. In the spectral norm that of the plane, one for all.
         weight_decay: :math:`\lambda \ge 0`; on a latent it acts on :math:`u`, on scales not at all.
         eps: :math:`\varepsilon \ge 0`, one for all groups.

@@ -151,11 +151,11 @@ class LatentOptimizer(Optimizer):
                 self._write(p, group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch. Each parameter's state has the height of the plane, which they share."""
+        """As in torch. In each parameter's state is the plane they share: its height, and its age."""
         result = super().state_dict()
         if self.param_groups[0]["norm"] == "spectral":
             states = result["state"].items()
-            result["state"] = {i: s | {"plane_height": self._height.clone()} for i, s in states}
+            result["state"] = {i: s | {"plane": self._plane.clone()} for i, s in states}
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -199,7 +199,7 @@ class LatentOptimizer(Optimizer):
         if not isinstance(self.process_group, str | None):
             how = "give the process_group to a new optimizer, and load the state_dict() of this one"
             raise TypeError(f"a process group of its own cannot be copied or pickled; {how}")
-        own = ("process_group", "_ready", "_gamma", "_skipped", "_height")
+        own = ("process_group", "_ready", "_gamma", "_skipped", "_plane")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -222,7 +222,8 @@ class LatentOptimizer(Optimizer):
         """What a new optimizer and a copy begin with."""
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         nan = partial(torch.full, (), math.nan, dtype=dtype)
-        self._gamma, self._height, self._ell = nan(), nan(), nan()
+        self._gamma, self._ell = nan(), nan()
+        self._plane = torch.zeros(2, dtype=dtype)  # what is left of its height, and its steps
         self._skipped = torch.zeros((), dtype=torch.int64)
         self._watch = LossWatch(self)
         self._written = dict[Tensor, int]()  # at which version a quantized parameter was written
@@ -268,7 +269,7 @@ class LatentOptimizer(Optimizer):
         trained = (p for g in self.param_groups for p in g["params"] if p.grad is not None)
         where = next((p.device for p in trained if not p.is_meta), self._gamma.device)
         if where != self._gamma.device:  # what all parameters share follows them
-            for own in ("_gamma", "_height", "_skipped"):
+            for own in ("_gamma", "_plane", "_skipped"):
                 setattr(self, own, getattr(self, own).to(where))
         if is_tensor:
             ell = sharding.whole(value.detach()).reshape(()).to(self._gamma)
@@ -293,7 +294,7 @@ class LatentOptimizer(Optimizer):
             sharding.adapt(self, p)
             if p.requires_grad:
                 dtype = torch.promote_types(self._gamma.dtype, p.dtype)
-                self._gamma, self._height = self._gamma.to(dtype), self._height.to(dtype)
+                self._gamma, self._plane = self._gamma.to(dtype), self._plane.to(dtype)
                 if p.numel() and not p.is_meta:  # what is not, has its state when it has a gradient
                     self._start(p, group)
         self._seen.append(validate.settings(group))

@@ -26,6 +26,10 @@ norm it is the running mean of the planes of all batches, and momentum is in the
         \text{ of the step before}
 
 (Schaipp et al., *MoMo*, 2023, arXiv 2305.07583); :math:`m = \delta`, :math:`h = \ell` at first.
+There :math:`\eta`, of the step after :math:`t` others, is ``lr`` :math:`/\sqrt{1 + t/100}`: where
+the loss cannot reach zero the plane supports the full step for ever, and only steps that shrink
+like :math:`1/\sqrt t` let the noise of batches average out (Orvieto et al., *DecSPS*, NeurIPS 2022,
+arXiv 2205.04583). That needs no length of the run; where :math:`\gamma` is small it hardly counts.
 
 Quantized weights are trained by mirror descent: the model holds :math:`Q(u)`, the optimizer, in its
 state, the dual variable :math:`u`, to which gradients are pulled back (:mod:`dfw_opt.quantizers`).
@@ -42,6 +46,9 @@ from dfw_opt.lifecycle import LatentOptimizer
 from dfw_opt.quantizers import SCALE_MIN, Quantizer, State, quantizer_of
 from dfw_opt.step_size import closed_form, exact
 from dfw_opt.variables import Variable, stack, update_, wide
+
+FULL_STEPS = 100
+"""After how many steps the longest one allowed begins to shrink: ten times what the plane spans."""
 
 LARGEST_BATCH = 2**22
 """How many elements are computed with at once, so that what is made on the way stays small."""
@@ -110,13 +117,15 @@ class FrankWolfe(LatentOptimizer):
             self._gamma.fill_(math.nan)
             return result
 
-        h = share = ell
+        h, share, falls = ell, ell, 1.0
         if norm == "spectral":
-            first = self._height.isnan()
-            h = torch.where(first, ell, torch.lerp(ell, self._height, mu))
+            left, t = self._plane.unbind()
+            falls, first = self._read((1 + t / FULL_STEPS).rsqrt()), t == 0
+            h = torch.where(first, ell, torch.lerp(ell, left, mu))
             share = torch.full_like(ell, 1 - mu).masked_fill(first, 1).masked_fill(skip, 0)
             share = self._read(share)  # of this batch in the mean plane
-        variables = self._variables(batches, squares, share, None if known is False else skip)
+        clear = None if known is False else skip
+        variables = self._variables(batches, squares, share, falls, clear)
         decay, full = self._dual_terms(variables)
         gamma = closed_form(h, decay, full, eps)
         if boxed := [v for v in variables if v.searched]:
@@ -124,7 +133,7 @@ class FrankWolfe(LatentOptimizer):
             gamma = exact(h - straight[0], boxed, gamma, straight[1] + eps, self._gather)
         if norm == "spectral" and variables:
             left = (h - decay - gamma * full).clamp(min=0)
-            self._height.copy_(torch.where(skip, self._height, left))
+            self._plane.copy_(torch.where(skip, self._plane, torch.stack((left, t + 1))))
         taken = self._read(gamma.masked_fill(skip, 0))
         update_(variables, taken, 1.0 if known is False else (~skip).to(gamma))
         for group, quantizer, _, params, _ in batches:
@@ -152,17 +161,18 @@ class FrankWolfe(LatentOptimizer):
         return batches
 
     def _variables(
-        self, batches: list[Batch], squares: list[Tensor], share: Any, skip: Tensor | None
+        self, batches: list[Batch], squares: list[Tensor], share: Any, falls: Any, skip: Any
     ) -> list[Variable]:
         """What is trained, with its plane and its direction."""
         variables, planes, sizes = [], [], []
         for (group, quantizer, place, params, grads), product in zip(batches, squares, strict=True):
             for p in (p for p in params if not self.state.get(p)):  # frozen until now
                 self._start(p, group)
-            mu, eta, radius = group["momentum"], group["lr"], group.get("radius")
-            euclidean = group["norm"] == "euclidean"
+            mu, lr, radius = group["momentum"], group["lr"], group.get("radius")
+            euclidean, eta = group["norm"] == "euclidean", lr * falls
             if isinstance(eta, Tensor):
                 eta = self._read(eta.reshape(()).to(grads[0]))
+            lr = id(lr) if isinstance(lr, Tensor) else lr
             # Infinity must not reach the means, whatever it is multiplied by.
             delta: Any = grads if skip is None else self._cleared(grads, skip)
             if quantizer is None:  # a Euclidean step needs no copy of the gradients
@@ -177,7 +187,6 @@ class FrankWolfe(LatentOptimizer):
                 lower, decay = (SCALE_MIN, 0.0) if prefix else (-upper, group["weight_decay"])
                 values = [self.state[p][key] for p in params] if key else params
                 variable = Variable(values, delta, delta, eta, decay, lower, upper, mu)
-                lr = id(group["lr"]) if isinstance(eta, Tensor) else eta
                 variable.alike = (lr, decay, lower, upper, mu, place)
                 variables.append(variable)
                 if euclidean:

@@ -105,7 +105,7 @@ def test_state_follows_the_parameters(kind: Kind, loaded: bool) -> None:
     else:
         for p, q in zip(params, others, strict=True):
             optimizer.state[p] = other.state[q]
-        for name in ("_gamma", "_height", "_skipped"):
+        for name in ("_gamma", "_plane", "_skipped"):
             setattr(optimizer, name, getattr(optimizer, name).to("fake:1"))
     give_gradients(optimizer)
     optimizer.step(loss=1.0)

@@ -79,9 +79,9 @@ def fingerprint(value: Any) -> Any:
 
 
 def everything(optimizer: Optimizer) -> Any:
-    """Parameters, state, groups and the plane's height, as a fingerprint of before and after."""
+    """Parameters, state, groups and the plane, as a fingerprint of before and after."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    heights = [s.get("plane_height") for s in optimizer.state_dict()["state"].values()]
+    planes = [s.get("plane") for s in optimizer.state_dict()["state"].values()]
     return (
         fingerprint([p.detach() for p in params]),
         fingerprint([dict(optimizer.state[p]) if p in optimizer.state else {} for p in params]),
@@ -89,7 +89,7 @@ def everything(optimizer: Optimizer) -> Any:
             {key: fingerprint(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ],
-        fingerprint(heights),
+        fingerprint(planes),
     )
 
 

@@ -217,7 +217,7 @@ class Training:
         for name, p in self.model.named_parameters():
             state = self.optimizer.state.get(p, {})
             values |= {name: p.detach(), **{f"{name} {key}": state[key] for key in sorted(state)}}
-        return values | {"height": self.optimizer._height, "gamma": self.optimizer.gamma}
+        return values | {"plane": self.optimizer._plane, "gamma": self.optimizer.gamma}
 
     def outcome(self) -> dict[str, Any]:
         """The whole tensors, on every rank."""

@@ -79,7 +79,7 @@ class TestResumed:
         for state in saved["state"].values():
             assert state
             assert all(isinstance(value, Tensor) for value in state.values())
-            assert ("plane_height" in state) == (kind.norm == "spectral")
+            assert ("plane" in state) == (kind.norm == "spectral")
         if kind.norm == "euclidean":
             assert set(saved["state"]) == ({0, 1} if kind.quantized else set())
         for value in (value for group in saved["param_groups"] for value in group.values()):
