@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SignActivation"]
-
 
 class SignActivation(nn.Module):
     r"""Binary activations :math:`\operatorname{sign}(x)`, with :math:`\operatorname{sign}(0) = +1`.

@@ -10,8 +10,6 @@ from torch.optim import swa_utils
 from dfw_opt.optimizer import FrankWolfe
 from dfw_opt.quantizers import quantizer_of
 
-__all__ = ["LAST", "AveragedModel"]
-
 LAST = 10  # K of the default average
 
 

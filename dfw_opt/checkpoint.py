@@ -1,5 +1,6 @@
 """Whether a checkpoint is one of this optimizer, for these parameters: decided before loading."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dfw_opt import sharding
-from dfw_opt.validate import FIXED, check_settings, settings
+from dfw_opt.validate import FIXED, check_settings, check_shared, settings
 
+_WRAP = re.compile(r"_orig_mod\.|^module\.")  # in names, of torch.compile and data parallelism
 _HOW = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
 
 
@@ -24,6 +26,7 @@ def aligned(incoming: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     for number, (saved, group) in enumerate(zip(theirs, ours, strict=True)):
         where = f"the checkpoint's parameter group {number}"
         groups.append(_aligned(saved, group, optimizer, where))
+        check_shared(groups[-1], groups[0])
         for index, p in zip(groups[-1]["params"], group["params"], strict=True):
             _check_state(states.get(index, {}), p, optimizer, where)
     return {**incoming, "param_groups": groups}
@@ -47,19 +50,20 @@ def _aligned(saved: Any, group: dict[str, Any], optimizer: Any, where: str) -> A
         was, now = saved.get(name), group.get(name)
         has = f"{where} has {name}={was!r}, but here {name}={now!r}"
         _need(was == now, f"{has}; make the optimizer as it was")
-    theirs, ours = (x.get("param_names") for x in (saved, group))
-    if theirs is None or ours is None:
+    theirs, ours = ([_WRAP.sub("", n) for n in x.get("param_names") or ()] for x in (saved, group))
+    if not theirs or not ours:
         return saved
     has = f"{where} is of the parameters {theirs}, but here it is of {ours}"
     _need(sorted(theirs) == sorted(ours), f"{has}; make the groups as they were")
     index = dict(zip(theirs, saved["params"], strict=True))
-    return saved | {"params": [index[name] for name in ours], "param_names": ours}
+    return saved | {"params": [index[name] for name in ours], "param_names": group["param_names"]}
 
 
 def _check_state(state: Any, p: Tensor, optimizer: Any, group: str) -> None:
     where = f"the state of a parameter of shape {tuple(p.shape)} in {group}"
     if not isinstance(state, Mapping):
         raise ValueError(f"{where} is {state!r}, not a dictionary")
+    _need(not state or not p.is_meta, f"{where} has no place on meta; call to_empty() first")
     own = optimizer.state.get(p, {})
     known = {"plane": optimizer._plane} | own
     differ = (state.keys() ^ own.keys()) - {"plane"}

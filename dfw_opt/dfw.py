@@ -8,8 +8,6 @@ from torch.optim.optimizer import ParamsT
 from dfw_opt.optimizer import FrankWolfe
 from dfw_opt.sharding import Ranks
 
-__all__ = ["DFW", "ProjectedDFW", "TernaryDFW"]
-
 LR = 0.07  # of all three, in both norms
 
 
@@ -27,8 +25,7 @@ class DFW(FrankWolfe):
         D &= \rho\,\sqrt{\max(\text{rows}, \text{columns})}\;UV^\top \\
         \gamma &= \operatorname{clip}_{[0,1]} \frac{h - \sum\eta\langle m, \lambda v\rangle}
             {\sum\eta\langle m, D\rangle + \varepsilon} \\
-        h_\text{left} &= \max\bigl(0,\ h - \textstyle\sum\eta\langle m, \lambda v\rangle \\
-        &\qquad - \gamma\textstyle\sum\eta\langle m, D\rangle\bigr) \\
+        h_\text{left} &= \max(0,\ h - \textstyle\sum\eta\langle m, \lambda v + \gamma D\rangle) \\
         v &\leftarrow v - \eta\,(\lambda v + \gamma D)
         \end{aligned}
 

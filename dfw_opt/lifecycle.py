@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ USAGE = (
 )
 
 
-def steepest(planes: list[norms.Plane], products: torch.dtype | None = None) -> list[Tensor]:
+def steepest(planes: list[tuple[Tensor, str, Any]], products: Any = None) -> list[Tensor]:
     """:func:`norms.spectral` of each, under autocast too. Uses the list up, so memory is free."""
     kind = planes[0][0].device.type
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
@@ -82,8 +83,7 @@ class LatentOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: as of the constructor; or what counts once for all differs.
         """
-        given = dict(param_group) if isinstance(param_group, dict) else param_group
-        super().add_param_group(given)
+        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
         group = self.param_groups[-1]
         if group.get("quantizer") == "uniform" and group.get("bits", 4) is None:
             group["bits"] = 4
@@ -151,7 +151,7 @@ class LatentOptimizer(Optimizer):
                 self._write(p, group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch. In each parameter's state is the plane they share: its height, and its age."""
+        """As in torch. Each parameter's state has the plane they share: its height and its age."""
         result = super().state_dict()
         if self.param_groups[0]["norm"] == "spectral":
             states = result["state"].items()
@@ -187,6 +187,7 @@ class LatentOptimizer(Optimizer):
             name, spectral = group.get("quantizer"), group["norm"] == "spectral"
             idle = {key for kind, (_, keys) in QUANTIZERS.items() for key in keys if kind != name}
             idle |= {"params", "param_names", "step_size" if spectral else "layout"}
+            idle |= {"quantizer", "radius"} - self.defaults.keys()
             if name is None:
                 idle |= {"relaxation", "scale_axis", "scale_groups"}
                 idle |= set() if group.get("radius") else {"step_size"}
@@ -262,7 +263,7 @@ class LatentOptimizer(Optimizer):
             value = watch.value(name)
         source = "the loss" if closure is None else "the closure's result"
         is_tensor = isinstance(value, Tensor)
-        if value.is_complex() if is_tensor else not isinstance(value, int | float):
+        if value.is_complex() if is_tensor else not isinstance(value, Real):
             raise TypeError(f"{source} is {value!r}; it must be a real scalar tensor or a number")
         if is_tensor and value.numel() != 1:
             raise ValueError(f"{source} has shape {tuple(value.shape)}; it must be a scalar")

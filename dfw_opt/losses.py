@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MultiClassHingeLoss"]
-
 
 class MultiClassHingeLoss(nn.Module):
     r"""The multi-class support vector machine loss of Crammer and Singer, averaged over the batch.

@@ -16,11 +16,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["NEWTON_SCHULZ", "Plane", "polar", "spectral"]
-
-Plane = tuple[Tensor, str, Tensor | None]
-"""What :func:`spectral` is given."""
-
 NEWTON_SCHULZ = (
     (8.3837, -24.7659, 18.3571),
     (4.0434, -3.0114, 0.5695),
@@ -113,5 +108,5 @@ def _normalised(x: Tensor, dims: tuple[int, ...], rms: float = 1.0) -> Tensor:
     length = x
     for dim in reversed(dims):  # one by one: over many elements at once float32 loses digits
         length = torch.linalg.vector_norm(length, 2, dim, keepdim=True)
-    usual = rms * math.sqrt(math.prod(x.shape[dim] for dim in dims))
+    usual = rms * math.sqrt(math.prod([x.shape[dim] for dim in dims]))
     return x.div_(length.clamp(min=1e-30) / usual)

@@ -21,15 +21,13 @@ norm it is the running mean of the planes of all batches, and momentum is in the
 
     m &\leftarrow \mu m + (1 - \mu)\,\delta, \\
     h &\leftarrow \mu h_\text{left} + (1 - \mu)\,\ell, \\
-    h_\text{left} &= \max\bigl(0,\ h - \textstyle\sum\eta\langle m, \lambda v\rangle \\
-    &\qquad - \gamma\textstyle\sum\eta\langle m, D\rangle\bigr)
+    h_\text{left} &= \max(0,\ h - \textstyle\sum\eta\langle m, \lambda v + \gamma D\rangle)
         \text{ of the step before}
 
 (Schaipp et al., *MoMo*, 2023, arXiv 2305.07583); :math:`m = \delta`, :math:`h = \ell` at first.
 There :math:`\eta`, of the step after :math:`t` others, is ``lr`` :math:`/\sqrt{1 + t/100}`: where
-the loss cannot reach zero the plane supports the full step for ever, and only steps that shrink
-like :math:`1/\sqrt t` let the noise of batches average out (Orvieto et al., *DecSPS*, NeurIPS 2022,
-arXiv 2205.04583). That needs no length of the run; where :math:`\gamma` is small it hardly counts.
+the loss cannot reach zero, only steps that shrink so let the noise of batches average out, and they
+need no length of the run (Orvieto et al., *DecSPS*, NeurIPS 2022, arXiv 2205.04583).
 
 Quantized weights are trained by mirror descent: the model holds :math:`Q(u)`, the optimizer, in its
 state, the dual variable :math:`u`, to which gradients are pulled back (:mod:`dfw_opt.quantizers`).
@@ -47,8 +45,7 @@ from dfw_opt.quantizers import SCALE_MIN, Quantizer, State, quantizer_of
 from dfw_opt.step_size import closed_form, exact
 from dfw_opt.variables import Variable, stack, update_, wide
 
-FULL_STEPS = 100
-"""After how many steps the longest one allowed begins to shrink: ten times what the plane spans."""
+FULL_STEPS = 100  # until the longest one allowed begins to shrink; ten times what the plane spans
 
 LARGEST_BATCH = 2**22
 """How many elements are computed with at once, so that what is made on the way stays small."""
@@ -104,14 +101,17 @@ class FrankWolfe(LatentOptimizer):
             ValueError: the loss is not a scalar; or a setting has been changed to a bad one.
             RuntimeError: a gradient is sparse; or a watched module has seen no ``backward()``.
 
-        A loss or gradient that is NaN or infinite, or too large for its square to be finite, skips
-        the step: nothing changes, ``gamma`` is NaN and ``skipped_steps`` grows by one.
+        A loss, gradient or tensor ``lr`` that is NaN or infinite, or a gradient too large for its
+        square to be finite, skips the step: nothing changes, ``gamma`` is NaN and ``skipped_steps``
+        grows by one.
         """
         result, ell = self._loss(closure, loss)
         norm, mu, eps = (self.param_groups[0][key] for key in ("norm", "momentum", "eps"))
         batches = self._batches()
         squares = [self._squares(batch.gradients) for batch in batches]
-        skip = ~self._gather([ell, *squares]).isfinite().all()
+        given = [group["lr"] for group in self.param_groups]
+        rates = [lr.reshape(()).to(ell) for lr in given if isinstance(lr, Tensor)]
+        skip = ~self._gather([ell, *squares, *rates]).isfinite().all()
         self._skipped.add_(skip)
         if (known := self._read(skip)) is True:
             self._gamma.fill_(math.nan)

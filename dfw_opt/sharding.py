@@ -123,8 +123,7 @@ def _squares(mesh: Any, batch: Sequence[Any]) -> Any:
     """The sum of all squares, yet to be summed over the ranks: NaN on one is NaN on all."""
     from torch.distributed.tensor import DTensor, Partial
 
-    x = batch[0]
-    mesh, placements = cut(x) or (mesh, ())
+    mesh, placements = cut(batch[0]) or (mesh, ())
     parts = [not p.is_replicate() for p in placements] or [False] * mesh.ndim
     copies = math.prod(n for n, apart in zip(mesh.shape, parts, strict=True) if not apart)
     here = squares([*map(local, batch)]) / copies

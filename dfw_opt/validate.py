@@ -4,6 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,12 +43,12 @@ def check_group(group: Group, given: Group, optimizer: "LatentOptimizer") -> Non
     """Checks a new group, and what the user gave for it."""
     check_settings(group, optimizer.defaults)
     _check_bits(given.get("bits"), [group])
-    _check_shared(group, optimizer.param_groups[0])
+    check_shared(group, optimizer.param_groups[0])
     for p in (p for p in group["params"] if p.requires_grad):
         _check_parameter(p, group)
 
 
-def _check_shared(group: Group, first: Group) -> None:
+def check_shared(group: Group, first: Group) -> None:
     for name in ("norm", "eps", "momentum")[: 3 if group["norm"] == "spectral" else 2]:
         if group[name] != first[name]:
             differs = f"{name}={group[name]!r} differs from the first group's {first[name]!r}"
@@ -79,7 +80,8 @@ def check_settings(group: Group, known: Group) -> None:
         if name not in known and group.get(name) is not None:
             raise ValueError(f"{name}={group[name]!r} is no setting of this optimizer; use {home}")
     for name in _RANGES.keys() & known.keys() & group.keys():
-        if not (name in ("radius", "bits") and group[name] is None):
+        free = name == "radius" or (name == "bits" and group.get("quantizer") != "uniform")
+        if not (free and group[name] is None):
             _check_number(name, group[name], *_RANGES[name])
     for choice in _CHOICES.keys() & known.keys():
         if (value := group.get(choice)) not in _CHOICES[choice]:
@@ -103,8 +105,9 @@ def _check_number(name: str, value: Any, test: Callable[[float], bool], meaning:
         if value.device.type != "cpu":  # reading it would wait for the device
             return
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not issubclass(type(value), Real):
         raise ValueError(f"{name}={value!r} must be a plain number, {meaning}")
+    value = value if isinstance(value, int) else float(value)
     # Not math.isfinite(), which overflows for an integer that no float can hold.
     if not (-sys.float_info.max <= value <= sys.float_info.max and test(value)):
         raise ValueError(f"{name}={value!r} must be {meaning}")
@@ -133,10 +136,11 @@ def _check_parameter(p: Tensor, group: Group) -> None:
     if sharding.whole((~p.isfinite()).sum()):
         raise ValueError(f"{where} and holds NaN or infinity; initialise it before the optimizer")
     levels = {"binary": 2, "ternary": 3}.get(str(name), 2 ** (group.get("bits") or 1))
-    if sharded or p.numel() < 8 * levels:
+    axes = [*(quantizer.axis or (0,))]
+    some = p.detach().movedim(axes, [*range(len(axes))]).flatten(len(axes)).flatten(0, -2)[:8]
+    if sharded or some.shape[1] < 2 * levels:
         return
-    channels = p.numel() // quantizer.channel_size(p.detach().unsqueeze(0))
-    if 1 < torch.unique(p.detach()).numel() <= min(p.numel() // 4, channels * levels):
+    if 1 <= (some.sort(1).values.diff(dim=1) != 0).sum(1).max() < levels:  # in each channel
         warnings.warn(
             f"{where} and quantized already, so latents would start far from where they can flip. "
             "For a second optimizer make the model anew, or load the state of the first one",
@@ -167,7 +171,7 @@ def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
                 was = f"{name}={value!r} was {seen[name]!r}"
                 raise ValueError(f"{was} and cannot change; make a new optimizer")
     for group in groups if changed else ():  # once, not for each that a scheduler has changed
-        _check_shared(group, groups[0])
+        check_shared(group, groups[0])
     for group, seen in changed:
         seen |= settings(group)
     for group in groups:
@@ -180,12 +184,12 @@ def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
 
 def after_step(optimizer: "LatentOptimizer", *_: Any) -> None:
     """Warns, once each, of steps that cannot do what they are meant to."""
+    if optimizer._watch.active:
+        optimizer._watch.clear()
     if torch.compiler.is_compiling():
         return
     for p in optimizer._written:
         optimizer._written[p] = p._version
-    if optimizer._watch.active:
-        optimizer._watch.clear()
     texts, optimizer._late = optimizer._late, []
     if optimizer._ell.device.type == "cpu" and -math.inf < float(optimizer._ell) < 0:
         texts.append(

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Variable", "squares", "stack", "update_", "wide"]
-
 Batch = Tensor | list[Tensor]
 """Tensors of one shape, as a sequence or stacked along a first dimension."""
 

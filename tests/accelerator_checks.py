@@ -99,8 +99,7 @@ def test_state_follows_the_parameters(kind: Kind, loaded: bool) -> None:
     params, others = fake_params("fake:0"), fake_params("fake:1")
     optimizer, other = kind.make(params), kind.make(others)
     if loaded:
-        saved = other.state_dict()
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(other.state_dict())
         assert_beside(other, others)
     else:
         for p, q in zip(params, others, strict=True):

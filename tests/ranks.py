@@ -243,8 +243,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with all shards joined; every rank has to ask for it."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().clone()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
 def trained(kind: Kind, world: World, layout: str, **settings: Any) -> dict[str, Any]:
@@ -542,8 +541,7 @@ def load(kind: Kind, world: World, folder: Path) -> dict[str, Any]:
         weights, state = dcp_state.get_state_dict(model, optimizer)
         options = dcp_state.StateDictOptions()
         if way == "cut":
-            loaded = {"model": weights, "optimizer": state}
-            dcp_load(loaded, checkpoint_id=folder / str(kind))
+            dcp_load({"model": weights, "optimizer": state}, checkpoint_id=folder / str(kind))
         else:
             weights, state = {}, {}
             options = dcp_state.StateDictOptions(True, broadcast_from_rank0=way == "first")

@@ -422,7 +422,7 @@ def make_parameter(weights: Array, settings: Settings) -> Parameter:
 
 @dataclass
 class Optimizer:
-    """Parameters that are stepped together, the height of their plane, and how many steps there were."""
+    """Parameters that are stepped together, the height of their plane, and the steps so far."""
 
     parameters: Sequence[Parameter]
     height: float | None = None

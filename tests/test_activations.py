@@ -13,8 +13,7 @@ POINTS = [-3.0, -1.001, -1.0, -0.75, -0.25, -0.0, 0.0, 0.25, 0.75, 1.0, 1.001, 3
 @pytest.mark.parametrize("ste", ["clipped", "approx"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_forward(ste: str, dtype: torch.dtype) -> None:
-    x = torch.tensor(POINTS, dtype=dtype)
-    y = SignActivation(ste=ste)(x)
+    y = SignActivation(ste=ste)(torch.tensor(POINTS, dtype=dtype))
     assert y.dtype == dtype
     assert y.tolist() == [-1.0 if value < 0 else 1.0 for value in POINTS]
 

@@ -138,6 +138,7 @@ def test_names_decide_over_order(optimizer_class: Any, norm: str) -> None:
     for group in groups:
         for key in ("params", "param_names"):
             group[key].reverse()
+        group["param_names"] = [f"module._orig_mod.{name}" for name in group["param_names"]]
     other = optimizer_class(groups, norm=norm)
     train(optimizer, list(model.parameters()), 2)
     twin.load_state_dict(model.state_dict())
@@ -169,6 +170,7 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda saved: saved["param_groups"][0]["params"].pop(), "has 1 .*here 2"),
     (lambda saved: saved["param_groups"][1].pop("lr"), r"group 1 lacks \['lr'\]"),
     (group(lr=-1.0), "lr=-1.0"),
+    (group(eps=1.0), "eps=1e-05 differs from the first group's 1.0"),
     (group(layout="rows"), "layout='rows'.*layout='matrix'"),
     (group(scale_axis=1), "scale_axis=1.*scale_axis=0"),
     (group(quantizer="binary"), "quantizer='binary'.*'ternary'"),

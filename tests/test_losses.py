@@ -22,8 +22,7 @@ def by_loops(scores: Tensor, targets: Tensor, smooth: bool) -> tuple[float, Tens
         hard[max(range(classes), key=lambda y: aug[y])] = 1.0
         xi = hard
         if smooth:
-            largest = max(s)
-            weights = [math.exp(value - largest) for value in s]
+            weights = [math.exp(value - max(s)) for value in s]
             xi = [weight / sum(weights) for weight in weights]
             if sum(x * a for x, a in zip(xi, aug, strict=True)) < 0:
                 xi = hard

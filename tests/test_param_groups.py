@@ -77,8 +77,7 @@ def test_convolutions_have_a_scale_per_output_channel(
     model = around(conv)
     name = "quantized transposed" if layer in TRANSPOSED else "quantized"
     assert chosen(model)[name] == ["1.weight"]
-    optimizer = optimizer_class(param_groups(model), quantizer="binary")
-    assert_consistent(optimizer)
+    assert_consistent(optimizer_class(param_groups(model), quantizer="binary"))
     x = torch.ones(1, 4, *[2] * (conv.weight.dim() - 2))
     for channel in range(6):
         (own,) = torch.autograd.grad(conv(x)[0, channel].sum(), conv.weight)

@@ -9,6 +9,7 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import clone_params, draw_gradients, everything, make_params, refused, same_bits, train
@@ -203,7 +204,7 @@ class TestWarned:
         params = make_params()
         optimizer = kind.make(params)
         draw_gradients(params, 0)
-        for harmless in (0.0, 1.0, math.nan, -math.inf):
+        for harmless in (0.0, np.float32(1.0), math.nan, -math.inf):
             optimizer.step(loss=harmless)
         with pytest.warns(UserWarning, match=r"negative \(-1\).*γ is 0.*loss - bound") as record:
             optimizer.step(loss=loss)
@@ -235,6 +236,7 @@ class TestWarned:
         matrices = make_params(((32, 64), (8, 4, 3, 3)))
         copy.deepcopy(optimizer_class(matrices, **settings))
         optimizer_class([Parameter(torch.zeros(16, 16)), Parameter(torch.eye(2))], **settings)
+        optimizer_class([Parameter(torch.randn(64, 4096).bfloat16())], **settings)  # 1,000 values
         with pytest.warns(UserWarning, match=r"\(32, 64\).*quantized already.*second"):
             optimizer_class(matrices[:1], **settings)
 

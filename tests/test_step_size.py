@@ -88,8 +88,7 @@ class Problem:
 
     def climb(self) -> float:
         """The package's γ."""
-        start = self.closed_form()
-        gamma = step_size.exact(double(self.loss), self.variables(), start, self.eps)
+        gamma = step_size.exact(double(self.loss), self.variables(), self.closed_form(), self.eps)
         assert gamma.dim() == 0
         return float(gamma)
 

@@ -249,5 +249,5 @@ def test_spectral_by_hand() -> None:
     assert float(optimizer.gamma) == 1.0
     unit = 0.1 / 1.8125**0.5 / 1.01**0.5
     assert p.tolist() == pytest.approx([0.94 - 0.75 * unit, -1.02 - 1.75 * unit])
-    plane = optimizer.state_dict()["state"][0]["plane"].tolist()
-    assert plane == pytest.approx([0.5 - 3.75 * unit, 2])
+    state = optimizer.state_dict()["state"][0]
+    assert state["plane"].tolist() == pytest.approx([0.5 - 3.75 * unit, 2])

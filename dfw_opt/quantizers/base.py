@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SCALE_MIN", "Pullback", "Quantizer", "State", "by_tensor"]
-
 SCALE_MIN = 1e-3
 """The least value of what is trained beside the latent: two levels must never share a sign."""
 
