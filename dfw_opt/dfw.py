@@ -22,17 +22,17 @@ class DFW(FrankWolfe):
         m &\leftarrow \mu m + (1 - \mu)\,\delta \\
         h &\leftarrow \mu h_\text{left} + (1 - \mu)\,\ell \\
         U\Sigma V^\top &= \mu m + (1 - \mu)\,\delta \\
-        D &= \rho\,\sqrt{\max(\text{rows}, \text{columns})}\;UV^\top \\
+        D &= \rho\,\sqrt{\max(\text{rows}, \text{columns})}\;UV^\top / \sqrt{1 + t/100} \\
         \gamma &= \operatorname{clip}_{[0,1]} \frac{h - \sum\eta\langle m, \lambda v\rangle}
             {\sum\eta\langle m, D\rangle + \varepsilon} \\
         h_\text{left} &= \max(0,\ h - \textstyle\sum\eta\langle m, \lambda v + \gamma D\rangle) \\
         v &\leftarrow v - \eta\,(\lambda v + \gamma D)
         \end{aligned}
 
-    with one :math:`\gamma` for all; :math:`D = \rho\,g/\operatorname{rms}(g)` for vectors. The size
-    :math:`\rho` of a matrix is its root mean square at the start, at least
-    :math:`0.1/\sqrt{\text{fan in}}`; that of a vector :math:`0.1 \max(1, \operatorname{rms})`. With
-    ``norm="euclidean"``, the paper's algorithm:
+    with one :math:`\gamma` for all, after :math:`t` other steps. Vectors are divided by their root
+    mean square instead. The size :math:`\rho` of a matrix is its root mean square at the start,
+    at least :math:`0.1/\sqrt{\text{fan in}}`; that of a vector :math:`0.1 \max(1,
+    \operatorname{rms})`. With ``norm="euclidean"``, the paper's algorithm:
 
     .. math::
 
@@ -44,10 +44,8 @@ class DFW(FrankWolfe):
     Args:
         params: parameters, or groups with their own settings, see :func:`~dfw_opt.param_groups`.
         lr: :math:`\eta \ge 0`; a float or a 1-element tensor. In the spectral norm the *relative*
-            length of the longest step: at 1, a step may change every matrix by its own size. It is
-            that of the first steps: :math:`\eta` falls like :math:`1/\sqrt{1 + t/100}` with their
-            number. In the Euclidean norm the paper's proximal coefficient, the largest learning
-            rate.
+            length of the longest step, at first: at 1, a step may change every matrix by its own
+            size. In the Euclidean norm the paper's proximal coefficient, the largest learning rate.
         momentum: :math:`\mu \in [0, 1)`. In the spectral norm that of the plane, one for all.
         weight_decay: :math:`\lambda \ge 0`; on a latent it acts on :math:`u`, on scales not at all.
         eps: :math:`\varepsilon \ge 0`, one for all groups.

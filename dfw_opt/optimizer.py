@@ -25,9 +25,10 @@ norm it is the running mean of the planes of all batches, and momentum is in the
         \text{ of the step before}
 
 (Schaipp et al., *MoMo*, 2023, arXiv 2305.07583); :math:`m = \delta`, :math:`h = \ell` at first.
-There :math:`\eta`, of the step after :math:`t` others, is ``lr`` :math:`/\sqrt{1 + t/100}`: where
-the loss cannot reach zero, only steps that shrink so let the noise of batches average out, and they
-need no length of the run (Orvieto et al., *DecSPS*, NeurIPS 2022, arXiv 2205.04583).
+There the ball shrinks, and with it :math:`D`, by :math:`\sqrt{1 + t/100}` in the step after
+:math:`t` others: where the loss cannot reach zero, only steps that shrink so let the noise of
+batches average out. That needs no length of the run (Orvieto et al., *DecSPS*, NeurIPS 2022, arXiv
+2205.04583).
 
 Quantized weights are trained by mirror descent: the model holds :math:`Q(u)`, the optimizer, in its
 state, the dual variable :math:`u`, to which gradients are pulled back (:mod:`dfw_opt.quantizers`).
@@ -45,7 +46,7 @@ from dfw_opt.quantizers import SCALE_MIN, Quantizer, State, quantizer_of
 from dfw_opt.step_size import closed_form, exact
 from dfw_opt.variables import Variable, stack, update_, wide
 
-FULL_STEPS = 100  # until the longest one allowed begins to shrink; ten times what the plane spans
+FULL_STEPS = 100  # until the ball begins to shrink; ten times what the mean plane spans
 
 LARGEST_BATCH = 2**22
 """How many elements are computed with at once, so that what is made on the way stays small."""
@@ -168,11 +169,10 @@ class FrankWolfe(LatentOptimizer):
         for (group, quantizer, place, params, grads), product in zip(batches, squares, strict=True):
             for p in (p for p in params if not self.state.get(p)):  # frozen until now
                 self._start(p, group)
-            mu, lr, radius = group["momentum"], group["lr"], group.get("radius")
-            euclidean, eta = group["norm"] == "euclidean", lr * falls
+            mu, eta, radius = group["momentum"], group["lr"], group.get("radius")
+            euclidean = group["norm"] == "euclidean"
             if isinstance(eta, Tensor):
                 eta = self._read(eta.reshape(()).to(grads[0]))
-            lr = id(lr) if isinstance(lr, Tensor) else lr
             # Infinity must not reach the means, whatever it is multiplied by.
             delta: Any = grads if skip is None else self._cleared(grads, skip)
             if quantizer is None:  # a Euclidean step needs no copy of the gradients
@@ -187,6 +187,7 @@ class FrankWolfe(LatentOptimizer):
                 lower, decay = (SCALE_MIN, 0.0) if prefix else (-upper, group["weight_decay"])
                 values = [self.state[p][key] for p in params] if key else params
                 variable = Variable(values, delta, delta, eta, decay, lower, upper, mu)
+                lr = id(group["lr"]) if isinstance(eta, Tensor) else eta
                 variable.alike = (lr, decay, lower, upper, mu, place)
                 variables.append(variable)
                 if euclidean:
@@ -202,7 +203,7 @@ class FrankWolfe(LatentOptimizer):
                         variable.directions = delta / metric
                     continue
                 m = [self.state[p][f"{prefix}mean_gradient"] for p in params]
-                part = share.to(delta) if isinstance(share, Tensor) else share
+                part, ball = (x.to(delta) if isinstance(x, Tensor) else x for x in (share, falls))
                 torch._foreach_mul_(m, 1 - part)
                 torch._foreach_add_(m, (part * delta).unbind())
                 variable.planes = m
@@ -210,7 +211,7 @@ class FrankWolfe(LatentOptimizer):
                 layout = group["layout"]
                 planes.append((ahead, layout, delta if layout == "rows" else None))
                 size = stack([self.state[p][f"{prefix}size"] for p in params])
-                sizes.append(size.view(-1, *[1] * (ahead.dim() - 1)))
+                sizes.append(ball * size.view(-1, *[1] * (ahead.dim() - 1)))
         if planes:
             for variable, D, size in zip(variables, self._steepest(planes), sizes, strict=True):
                 variable.directions = D.mul_(size)

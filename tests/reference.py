@@ -182,10 +182,10 @@ class Move:
         ahead = mu * m + (1 - mu) * self.delta
         return self.variable.size * steepest(ahead, self.settings.layout, self.delta)
 
-    def apply_spectral(self, gamma: float, direction: Array, lr: float) -> None:
+    def apply_spectral(self, gamma: float, direction: Array) -> None:
         """No momentum: v ← Π(v − η(λv + γD))."""
         v = self.variable.value
-        self.place(v - lr * (self.weight_decay * v + gamma * direction))
+        self.place(v - self.settings.lr * (self.weight_decay * v + gamma * direction))
 
     def place(self, value: Array) -> None:
         self.variable.value = np.minimum(
@@ -453,20 +453,20 @@ class Optimizer:
 
     def spectral(self, loss: float, moves: Sequence[Move], eps: float) -> float:
         """With h ← μ·h_left + (1 − μ)ℓ, at first ℓ: γ = clip[0,1]((h − decay) / (full + ε)), and
-        lr / √(1 + t/100) for η in the step after t others.
+        D / √(1 + t/100) for D in the step after t others.
         """
         mu, first = moves[0].settings.momentum, self.height is None
         h = loss if self.height is None else mu * self.height + (1 - mu) * loss
-        directions = [move.average(first) for move in moves]
-        rates = [move.settings.lr / math.sqrt(1 + self.steps / 100) for move in moves]
+        falls = 1 / math.sqrt(1 + self.steps / 100)
+        directions = [falls * move.average(first) for move in moves]
         decay = full = 0.0
-        for move, D, lr in zip(moves, directions, rates, strict=True):
-            m, v = move.variable.mean, move.variable.value
+        for move, D in zip(moves, directions, strict=True):
+            lr, m, v = move.settings.lr, move.variable.mean, move.variable.value
             decay += math.fsum((lr * m * move.weight_decay * v).flat)
             full += math.fsum((lr * m * D).flat)
         gamma = min(max((h - decay) / (full + eps), 0.0), 1.0) if full + eps else 1.0
-        for move, D, lr in zip(moves, directions, rates, strict=True):
-            move.apply_spectral(gamma, D, lr)
+        for move, D in zip(moves, directions, strict=True):
+            move.apply_spectral(gamma, D)
         self.steps += 1
         self.height = max(0.0, h - decay - gamma * full)
         return gamma

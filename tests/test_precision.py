@@ -24,9 +24,9 @@ from dfw_opt import DFW, TernaryDFW
 
 QUANTIZED = pytest.mark.parametrize("kind", QUANTIZED_KINDS, ids=str)
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-LR, STEPS = 0.02, 400
+LR, STEPS = 0.05, 400
 # A step takes less of the weights than half of what the dtype can tell from 1.
-DECAY = {torch.bfloat16: 0.025, torch.float16: 0.01}
+DECAY = {torch.bfloat16: 0.025, torch.float16: 0.008}
 
 
 def opposite(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

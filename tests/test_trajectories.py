@@ -245,7 +245,7 @@ def test_spectral_by_hand() -> None:
     p.grad = torch.tensor([0.0, 2.0])
     optimizer.step(loss=1.0)
     # Nothing was left: h = ½(0 + 1). m = ½((3, 1) + (0, 2)) = (1.5, 1.5), g = ½(m + (0, 2)) =
-    # (0.75, 1.75), rms √1.8125; η = 1/√1.01; η⟨m, D⟩ = 0.1·3.75/√1.8125/√1.01 = 0.2772 < h
+    # (0.75, 1.75), rms √1.8125; ⟨m, D⟩ = 0.1·3.75/√1.8125/√1.01 = 0.2772 < h
     assert float(optimizer.gamma) == 1.0
     unit = 0.1 / 1.8125**0.5 / 1.01**0.5
     assert p.tolist() == pytest.approx([0.94 - 0.75 * unit, -1.02 - 1.75 * unit])
