@@ -350,7 +350,7 @@ def relaxed_table() -> str:
     shares = sorted({run["relax"] for run in runs}, key=float)
     rows = []
     for net, lr in sorted({(run["net"], run["lr"]) for run in runs}):
-        options = {"net": net, "optimizer": "dfw", "loss": "svm", "lr": lr, "seed": "0"}
+        options = {"net": net, "optimizer": "dfw", "norm": "", "loss": "svm", "lr": lr, "seed": "0"}
         both = [*pick(load("sweep"), **options), *pick(runs, **options)]
         found = {run["relax"]: f"{run.accuracy:.1f}" for run in both}
         rows.append([NAMES[net], lr, *(found.get(share, "") for share in ("", *shares))])
