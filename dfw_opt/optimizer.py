@@ -118,15 +118,13 @@ class FrankWolfe(LatentOptimizer):
             self._gamma.fill_(math.nan)
             return result
 
-        h, share, falls = ell, ell, 1.0
-        if norm == "spectral":
+        h = ell
+        variables = self._variables(batches, squares, None if known is False else skip)
+        if norm == "spectral" and variables:
             left, t = self._plane.unbind()
-            falls, first = self._read((1 + t / FULL_STEPS).rsqrt()), t == 0
-            h = torch.where(first, ell, torch.lerp(ell, left, mu))
-            share = torch.full_like(ell, 1 - mu).masked_fill(first, 1).masked_fill(skip, 0)
-            share = self._read(share)  # of this batch in the mean plane
-        clear = None if known is False else skip
-        variables = self._variables(batches, squares, share, falls, clear)
+            h = torch.where(t == 0, ell, torch.lerp(ell, left, mu))
+            share = torch.full_like(ell, 1 - mu).masked_fill(t == 0, 1).masked_fill(skip, 0)
+            self._average(variables, self._read(share), self._read((1 + t / FULL_STEPS).rsqrt()))
         decay, full = self._dual_terms(variables)
         gamma = closed_form(h, decay, full, eps)
         if boxed := [v for v in variables if v.searched]:
@@ -162,15 +160,17 @@ class FrankWolfe(LatentOptimizer):
         return batches
 
     def _variables(
-        self, batches: list[Batch], squares: list[Tensor], share: Any, falls: Any, skip: Any
+        self, batches: list[Batch], squares: list[Tensor], skip: Tensor | None
     ) -> list[Variable]:
-        """What is trained, with its plane and its direction."""
-        variables, planes, sizes = [], [], []
+        """What is trained, with the gradients of this batch; in the Euclidean norm with the step's
+        direction and momentum too.
+        """
+        variables = []
         for (group, quantizer, place, params, grads), product in zip(batches, squares, strict=True):
             for p in (p for p in params if not self.state.get(p)):  # frozen until now
                 self._start(p, group)
             mu, eta, radius = group["momentum"], group["lr"], group.get("radius")
-            euclidean = group["norm"] == "euclidean"
+            euclidean, states = group["norm"] == "euclidean", [self.state[p] for p in params]
             if isinstance(eta, Tensor):
                 eta = self._read(eta.reshape(()).to(grads[0]))
             # Infinity must not reach the means, whatever it is multiplied by.
@@ -185,37 +185,43 @@ class FrankWolfe(LatentOptimizer):
                 # A scale has no upper bound, and is not pulled towards 0: two levels would merge.
                 upper = math.inf if prefix or radius is None else radius
                 lower, decay = (SCALE_MIN, 0.0) if prefix else (-upper, group["weight_decay"])
-                values = [self.state[p][key] for p in params] if key else params
+                values = [state[key] for state in states] if key else params
                 variable = Variable(values, delta, delta, eta, decay, lower, upper, mu)
                 lr = id(group["lr"]) if isinstance(eta, Tensor) else eta
                 variable.alike = (lr, decay, lower, upper, mu, place)
+                variable.states, variable.prefix, variable.layout = states, prefix, group["layout"]
                 variables.append(variable)
-                if euclidean:
-                    variable.searched = group.get("step_size") == "exact" and lower > -math.inf
-                    name = f"{prefix}momentum_buffer"
-                    for p, v in zip(params, values, strict=True) if mu else ():
-                        if name not in self.state[p]:  # momentum was 0 until now
-                            self.state[p][name] = torch.zeros_like(wide(v))
-                    variable.velocities = [self.state[p][name] for p in params] if mu else ()
-                    if metric is None:
-                        variable.product = product
-                    else:
-                        variable.directions = delta / metric
+                if not euclidean:
                     continue
-                m = [self.state[p][f"{prefix}mean_gradient"] for p in params]
-                part, ball = (x.to(delta) if isinstance(x, Tensor) else x for x in (share, falls))
-                torch._foreach_mul_(m, 1 - part)
-                torch._foreach_add_(m, (part * delta).unbind())
-                variable.planes = m
-                ahead = torch.lerp(delta, stack(m), mu)  # Nesterov
-                layout = group["layout"]
-                planes.append((ahead, layout, delta if layout == "rows" else None))
-                size = stack([self.state[p][f"{prefix}size"] for p in params])
-                sizes.append(ball * size.view(-1, *[1] * (ahead.dim() - 1)))
-        if planes:
-            for variable, D, size in zip(variables, self._steepest(planes), sizes, strict=True):
-                variable.directions = D.mul_(size)
+                variable.searched = group.get("step_size") == "exact" and lower > -math.inf
+                name = f"{prefix}momentum_buffer"
+                for state, v in zip(states, values, strict=True) if mu else ():
+                    if name not in state:  # momentum was 0 until now
+                        state[name] = torch.zeros_like(wide(v))
+                variable.velocities = [state[name] for state in states] if mu else ()
+                if metric is None:
+                    variable.product = product
+                else:
+                    variable.directions = delta / metric
         return variables
+
+    def _average(self, variables: list[Variable], share: Any, ball: Any) -> None:
+        r"""The mean plane, :math:`m \leftarrow \mu m + (1 - \mu)\,\delta`, and the direction
+        that is steepest at :math:`\mu m + (1 - \mu)\,\delta`, a batch ahead (Nesterov).
+        """
+        planes, radii = [], []
+        for v in variables:
+            delta: Any = v.planes
+            part, rho = (x.to(delta) if isinstance(x, Tensor) else x for x in (share, ball))
+            m = [state[f"{v.prefix}mean_gradient"] for state in v.states]
+            torch._foreach_mul_(m, 1 - part)
+            torch._foreach_add_(m, (part * delta).unbind())
+            v.planes, ahead = m, torch.lerp(delta, stack(m), v.momentum)
+            planes.append((ahead, v.layout, delta if v.layout == "rows" else None))
+            size = stack([state[f"{v.prefix}size"] for state in v.states])
+            radii.append(rho * size.view(-1, *[1] * (ahead.dim() - 1)))
+        for v, D, radius in zip(variables, self._steepest(planes), radii, strict=True):
+            v.directions = D.mul_(radius)
 
     def _dual_terms(self, variables: Sequence[Variable]) -> tuple[Tensor, Tensor]:
         r""":math:`\sum\eta\langle m, \lambda v\rangle` and :math:`\sum\eta\langle m, D\rangle`."""

@@ -61,6 +61,7 @@ class Variable:
         alike: what variables have in common that are moved at once.
         searched: whether the step size sees the bounds.
         product: :math:`\langle m, D\rangle`, 0-dim, where that is known.
+        states, prefix, layout: where more is kept of each, by which names; how it is to be read.
     """
 
     values: list[Tensor]
@@ -75,6 +76,9 @@ class Variable:
     alike: Any = None
     searched: bool = False
     product: Tensor | None = None
+    states: list[dict[str, Tensor]] | tuple[()] = ()
+    prefix: str = ""
+    layout: str = "matrix"
 
     def dual_terms(self) -> tuple[Tensor | None, Tensor]:
         r""":math:`\eta\langle m, \lambda v\rangle`, if any, and :math:`\eta\langle m, D\rangle`."""

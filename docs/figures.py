@@ -374,12 +374,12 @@ def sweep_data() -> Data:
     """Accuracy by lr of every net and optimizer: a list of pairs."""
     swept = results.sweep()
     return {
-        net: {who: [list(p) for p in swept[net, who].items()] for who in LINES}
+        net: {who: [list(p) for p in swept[net, who].items()] for who in results.SWEPT}
         for net in results.NETS
     }
 
 
-LINES = {"DFW": "C3", "Euclidean DFW": "C0", "Adam": "C1", "SGD": "C2", "Muon": "C4"}
+LINES = {"DFW": "C3", "Euclidean DFW": "C0", "Adam": "C1", "SGD": "C2", "Muon": "C4", "PARQ": "C4"}
 
 
 def draw_sweep(data: Data) -> Figure:
@@ -410,43 +410,26 @@ def draw_sweep(data: Data) -> Figure:
 
 def curves_data() -> Data:
     """Test accuracy after each epoch of the long runs, in percent."""
-    data: Data = {}
-    for run in results.load("long"):
-        net = run["net"] + run["shortcut"] + f"-{run.start}" * bool(run.start)
-        if net == "float" and run["optimizer"] != "sgd":
-            continue  # the yardstick is one line
-        lines = data.setdefault(net, {})
-        lines[run.optimizer] = [100 * row["accuracy"] for row in run.rows]
-    for run in results.load("main"):  # DFW, so far for five epochs
-        if run.optimizer == "DFW" and run["seed"] == "0" and not run["shortcut"]:
-            data[run["net"]]["DFW"] = [100 * row["average_accuracy"] for row in run.rows]
+    data: Data = {net: {} for net in results.NETS}
+    for run in [*results.load("long"), *results.pick(results.load("parq"), epochs="30")]:
+        usual = run["schedule"] == ("none" if run.optimizer == "DFW" else "cosine")
+        if usual and not run.start and not run["shortcut"] and run["seed"] == "0":
+            data[run["net"]][run.optimizer] = run.accuracies
     return data
 
 
-PANELS = {
-    "XNOR": {"xnor": "-", "xnorbireal": "--"},
-    "binary weights": {"binary": "-", "binary-relaxed": "--", "float": ":"},
-    "ternary weights": {"ternary": "-", "ternary-relaxed": "--", "float": ":"},
-}
-"""The nets of a panel, and their lines."""
-
-
 def draw_curves(data: Data) -> Figure:
-    figure = Figure(figsize=(5, 7), layout="constrained")
-    axes = figure.subplots(len(PANELS), sharex=True)
-    for axis, (title, nets) in zip(axes, PANELS.items(), strict=True):
-        for net, style in nets.items():
-            for who, values in data[net].items():
-                epochs = range(1, len(values) + 1)
-                width = 2.4 if who == "DFW" else 1.2
-                axis.plot(epochs, values, style, color=LINES[who], linewidth=width)
-        axis.set_title(title, **TITLE)
+    figure = Figure(figsize=(5, 9), layout="constrained")
+    axes = figure.subplots(len(data), sharex=True)
+    for axis, (net, lines) in zip(axes, data.items(), strict=True):
+        for who, values in lines.items():
+            width = 2.4 if who == "DFW" else 1.2
+            axis.plot(range(1, len(values) + 1), values, color=LINES[who], linewidth=width)
+        axis.set_title(results.NAMES[net], **TITLE)
         axis.set(ylim=(40, 92), yticks=[40, 50, 60, 70, 80, 90])
-    labels = [("Euclidean DFW", 0, 19, 77), ("Adam", 0, 16, 59), ("Euclidean DFW", 1, 19, 73)]
-    labels += [("Adam", 1, 8, 61), ("Euclidean DFW", 2, 10, 86), ("Adam", 2, 16, 71)]
-    labels += [("DFW", 0, 3, 68), ("DFW", 1, 2, 82), ("DFW", 2, 2, 81)]
-    for who, panel, x, y in [*labels, ("SGD", 2, 26, 66)]:
-        axes[panel].text(x, y, who, color=LINES[who])
+    places = {"DFW": (1, 82), "Euclidean DFW": (10, 64), "Adam": (10, 57), "SGD": (10, 50)}
+    for who, (x, y) in (places | {"PARQ": (10, 43)}).items():
+        axes[1].text(x, y, who, color=LINES[who])
     axes[-1].set_xlabel("epoch")
     return figure
 

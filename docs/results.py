@@ -83,11 +83,14 @@ class Run:
         return "relaxed" if self["relax"] else "float first" if self["float-epochs"] else ""
 
     @property
-    def accuracy(self) -> float:
-        """After the last epoch, in percent; of the average where that is what was judged."""
-        last = self.rows[-1]
+    def accuracies(self) -> list[float]:
+        """After each epoch, in percent; of the average where that is what was judged."""
         judged = "average_accuracy" if self["average"] == "yes" else "accuracy"
-        return 100 * last[judged]
+        return [100 * row[judged] for row in self.rows]
+
+    @property
+    def accuracy(self) -> float:
+        return self.accuracies[-1]
 
 
 def load(table: str) -> list[Run]:
@@ -252,6 +255,22 @@ def sweep_table() -> str:
     return markdown(["net", *SWEPT], rows)
 
 
+def reach_table() -> str:
+    """After how many epochs DFW is, for good, where another optimizer ends after thirty."""
+    runs = [run for run in load("long") if run["seed"] == "0" and not run["shortcut"]]
+    rows = []
+    for net in NETS:
+        (dfw,) = (r for r in pick(runs, net=net, schedule="none") if r.optimizer == "DFW")
+        loss, who = "ce", "sgd" if net == "float" else "adam"
+        (other,) = pick(runs, net=net, optimizer=who, loss=loss)
+        below = [i for i, x in enumerate(dfw.accuracies, 1) if x < other.accuracy]
+        there = max(below, default=0) + 1
+        after = f"{there}" if there <= len(dfw.rows) else "not reached"
+        rows.append([NAMES[net], NAMES[who], f"{other.accuracy:.1f}", after])
+    header = ["net", "optimizer", "its accuracy after 30 epochs, %", "DFW is there after epochs"]
+    return markdown(header, rows)
+
+
 def gamma_table() -> str:
     """The mean of γ over each epoch, of the runs of five epochs at the default lr."""
     runs = [run for run in load("main") if run.optimizer == "DFW" and run["seed"] == "0"]
@@ -391,6 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "main": lambda: budget_table("main", "5"),
     "long": lambda: budget_table("long", "30"),
     "sweep": sweep_table,
+    "reach": reach_table,
     "gamma": gamma_table,
     "limit": limit_table,
     "ablations": ablation_table,
