@@ -162,15 +162,13 @@ class FrankWolfe(LatentOptimizer):
     def _variables(
         self, batches: list[Batch], squares: list[Tensor], skip: Tensor | None
     ) -> list[Variable]:
-        """What is trained, with the gradients of this batch; in the Euclidean norm with the step's
-        direction and momentum too.
-        """
+        """What is trained, with this batch's gradients; in the Euclidean norm also a direction."""
         variables = []
         for (group, quantizer, place, params, grads), product in zip(batches, squares, strict=True):
             for p in (p for p in params if not self.state.get(p)):  # frozen until now
                 self._start(p, group)
             mu, eta, radius = group["momentum"], group["lr"], group.get("radius")
-            euclidean, states = group["norm"] == "euclidean", [self.state[p] for p in params]
+            euclidean = group["norm"] == "euclidean"
             if isinstance(eta, Tensor):
                 eta = self._read(eta.reshape(()).to(grads[0]))
             # Infinity must not reach the means, whatever it is multiplied by.
@@ -179,6 +177,7 @@ class FrankWolfe(LatentOptimizer):
                 pulled: Any = {"": (delta if euclidean else stack(delta), None)}
             else:
                 pulled = quantizer.pull_back(stack(delta), self._stacked(quantizer, params))
+            states = [self.state.get(p, {}) for p in params]  # which makes none where none is kept
             for key, (delta, metric) in pulled.items():
                 delta, metric = self._settle(delta), self._settle(metric)
                 prefix = "" if key in ("", "latent") else f"{key}_"
@@ -195,10 +194,10 @@ class FrankWolfe(LatentOptimizer):
                     continue
                 variable.searched = group.get("step_size") == "exact" and lower > -math.inf
                 name = f"{prefix}momentum_buffer"
-                for state, v in zip(states, values, strict=True) if mu else ():
-                    if name not in state:  # momentum was 0 until now
-                        state[name] = torch.zeros_like(wide(v))
-                variable.velocities = [state[name] for state in states] if mu else ()
+                for p, v in zip(params, values, strict=True) if mu else ():
+                    if name not in self.state[p]:  # momentum was 0 until now
+                        self.state[p][name] = torch.zeros_like(wide(v))
+                variable.velocities = [self.state[p][name] for p in params] if mu else ()
                 if metric is None:
                     variable.product = product
                 else:

@@ -138,7 +138,7 @@ def _check_parameter(p: Tensor, group: Group) -> None:
     levels = {"binary": 2, "ternary": 3}.get(str(name), 2 ** (group.get("bits") or 1))
     axes = [*(quantizer.axis or (0,))]
     some = p.detach().movedim(axes, [*range(len(axes))]).flatten(len(axes)).flatten(0, -2)[:8]
-    if sharded or some.shape[1] < 2 * levels:
+    if sharded or not p.numel() or some.shape[1] < 2 * levels:
         return
     if 1 <= (some.sort(1).values.diff(dim=1) != 0).sum(1).max() < levels:  # in each channel
         warnings.warn(
@@ -165,11 +165,11 @@ def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:
         if any(group.get(k) is not x and settings(group) != seen for k, x in seen.items())
     ]
     for group, seen in changed:
-        check_settings(group, optimizer.defaults)
         for name in FIXED:
             if (value := group.get(name)) != seen[name]:
                 was = f"{name}={value!r} was {seen[name]!r}"
                 raise ValueError(f"{was} and cannot change; make a new optimizer")
+        check_settings(group, optimizer.defaults)
     for group in groups if changed else ():  # once, not for each that a scheduler has changed
         check_shared(group, groups[0])
     for group, seen in changed:

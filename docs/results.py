@@ -271,29 +271,21 @@ def reach_table() -> str:
     return markdown(header, rows)
 
 
+def longest(run: Run, epoch: float) -> float:
+    """The longest step allowed in the middle of an epoch, relative to the size of the weights."""
+    steps = int(run["limit"] or 50_000) // int(run["batch-size"])
+    return by_lr(run) / math.sqrt(1 + (epoch - 0.5) * steps / 100)
+
+
 def gamma_table() -> str:
-    """The mean of γ over each epoch, of the runs of five epochs at the default lr."""
-    runs = [run for run in load("main") if run.optimizer == "DFW" and run["seed"] == "0"]
-    rows = []
+    """γ, and the length of a step in percent, over the long runs; means of an epoch."""
+    runs = [run for run in load("long") if run.optimizer == "DFW" and run["seed"] == "0"]
+    rows, epochs = [], (1, 2, 5, 10, 20, 30)
     for run in sorted(runs, key=lambda run: _order(NAMES[run["net"]])):
         if run["schedule"] == "none" and not run["shortcut"]:
-            rows.append([NAMES[run["net"]], *(f"{row['gamma_mean']:.2f}" for row in run.rows)])
-    return markdown(["net", *(f"epoch {i}" for i in range(1, 6))], rows)
-
-
-def limit_table() -> str:
-    """γ, its product with lr and the accuracy in the last epoch, at the default lr and others."""
-    runs = [run for run in load("sweep") if run.optimizer == "DFW"]
-    rates = ("0.07", "1", "100")
-    rows = []
-    for net in NETS:
-        cells = [NAMES[net]]
-        for lr in rates:
-            for run in pick(runs, net=net, lr=lr, seed="0", schedule="none"):
-                gamma = run.rows[-1]["gamma_mean"]
-                cells.append(f"{gamma:.2g} · {lr} = {gamma * by_lr(run):.3f}; {run.accuracy:.1f} %")
-        rows.append(cells)
-    return markdown(["net", *(f"`lr` {lr}" for lr in rates)], rows)
+            gammas = [(run.rows[i - 1]["gamma_mean"], longest(run, i)) for i in epochs]
+            rows.append([NAMES[run["net"]], *(f"{g:.2f}; {100 * g * of:.2f}" for g, of in gammas)])
+    return markdown(["net", *(f"epoch {i}" for i in epochs)], rows)
 
 
 def decades(points: dict[float, float], within: float) -> float:
@@ -412,7 +404,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep": sweep_table,
     "reach": reach_table,
     "gamma": gamma_table,
-    "limit": limit_table,
     "ablations": ablation_table,
     "open": open_table,
     "relaxed": relaxed_table,
