@@ -49,7 +49,7 @@ NAMES = {
     "svm": "SVM",
     "ce": "cross-entropy",
 }
-SCHEDULES = {"cosine": "", "none": "no schedule, average", "parq": "its own schedule"}
+SCHEDULES = {"cosine": "", "none": "no schedule, average"}
 
 
 # ---- The runs ----
@@ -190,24 +190,21 @@ def budget_table(name: str, epochs: str) -> str:
     """A row for every optimizer of a net, with the mean over its seeds; the best is bold."""
     kinds: dict[str, dict[tuple[str, ...], list[Run]]] = {}
     for run in [*load(name), *pick(load("parq"), epochs=epochs)]:
-        if (run["loss"] == "svm" and run["optimizer"] != "dfw") or run["float-epochs"]:
-            continue  # the baselines are shown with the loss that suits them
-        net = ", ".join(NAMES[name] for name in (run["net"], run["shortcut"]) if name)
-        who = ", ".join(filter(None, (run.optimizer, run.start, SCHEDULES[run["schedule"]])))
-        how = (who, run["lr"])
-        kinds.setdefault(net, {}).setdefault(how, []).append(run)
+        if (run["loss"] == "svm" and run["optimizer"] != "dfw") or run["schedule"] == "parq":
+            continue  # the baselines are shown with the loss and the schedule that suit them
+        if run.start or run["shortcut"]:
+            continue
+        who = ", ".join(filter(None, (run.optimizer, SCHEDULES[run["schedule"]])))
+        kinds.setdefault(run["net"], {}).setdefault((who, run["lr"]), []).append(run)
     rows = []
-    for net, those in sorted(kinds.items(), key=lambda item: _order(item[0])):
+    for net in NETS:
+        those = kinds[net]
         best = max(mean(runs) for runs in those.values())
         for how, runs in sorted(those.items()):
             accuracy = number([run.accuracy for run in runs])
             bold = "**" * (len(those) > 1 and mean(runs) == best)
-            rows.append([net, *how, f"{bold}{accuracy}{bold}"])
+            rows.append([NAMES[net], *how, f"{bold}{accuracy}{bold}"])
     return markdown(["net", "optimizer", "lr", "accuracy, %"], rows)
-
-
-def _order(net: str) -> tuple[int, str]:
-    return [NAMES[key] for key in NETS].index(net.partition(",")[0]), net
 
 
 def readme_table() -> str:
@@ -281,10 +278,11 @@ def gamma_table() -> str:
     """γ, and the length of a step in percent, over the long runs; means of an epoch."""
     runs = [run for run in load("long") if run.optimizer == "DFW" and run["seed"] == "0"]
     rows, epochs = [], (1, 2, 5, 10, 20, 30)
-    for run in sorted(runs, key=lambda run: _order(NAMES[run["net"]])):
+    for run in sorted(runs, key=lambda run: NETS.index(run["net"])):
         if run["schedule"] == "none" and not run["shortcut"]:
-            gammas = [(run.rows[i - 1]["gamma_mean"], longest(run, i)) for i in epochs]
-            rows.append([NAMES[run["net"]], *(f"{g:.2f}; {100 * g * of:.2f}" for g, of in gammas)])
+            there = [(row["gamma_mean"], longest(run, row["epoch"])) for row in run.rows]
+            cells = [f"{gamma:.2f}; {100 * gamma * of:.2f}" for gamma, of in there]
+            rows.append([NAMES[run["net"]], *((cells + [""] * 30)[i - 1] for i in epochs)])
     return markdown(["net", *(f"epoch {i}" for i in epochs)], rows)
 
 
@@ -384,15 +382,20 @@ def architectures_table() -> str:
 
 
 def chars_table() -> str:
-    """The character transformer; several seeds in one row."""
-    kinds: dict[tuple[str, ...], list[float]] = {}
+    """The character transformer: each optimizer at the best of the lr that were tried."""
+    kinds: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
     for run in sorted(load("chars"), key=lambda run: (run["net"], run.optimizer, by_lr(run))):
         who = ", ".join(filter(None, (run.optimizer, SCHEDULES[run["schedule"]])))
-        kind = (NAMES[run["net"]], who, run["lr"], run["attention-lr"] or run["lr"])
+        rates = (run["lr"], run["attention-lr"] or run["lr"])
         judged = "average_loss" if run["average"] == "yes" else "val_loss"
-        kinds.setdefault(kind, []).append(run.rows[-1][judged])
-    rows = [[*kind, ", ".join(f"{x:.3f}" for x in values)] for kind, values in kinds.items()]
-    return markdown(["weights", "optimizer", "lr", "of Q and K", "validation loss"], rows)
+        tried = kinds.setdefault((NAMES[run["net"]], who), {})
+        tried.setdefault(rates, []).append(run.rows[-1][judged])
+    rows = []
+    for kind, tried in kinds.items():
+        lr, of_heads = best = min(tried, key=lambda rates: sum(tried[rates]) / len(tried[rates]))
+        lr += f" (Q, K: {of_heads})" * (of_heads != lr) + f", of {len(tried)}" * (len(tried) > 1)
+        rows.append([*kind, lr, ", ".join(f"{x:.3f}" for x in tried[best])])
+    return markdown(["weights", "optimizer", "lr", "validation loss"], rows)
 
 
 # ---- The pages ----
