@@ -427,9 +427,9 @@ def draw_curves(data: Data) -> Figure:
             axis.plot(range(1, len(values) + 1), values, color=LINES[who], linewidth=width)
         axis.set_title(results.NAMES[net], **TITLE)
         axis.set(ylim=(40, 92), yticks=[40, 50, 60, 70, 80, 90])
-    places = {"DFW": (1, 82), "Euclidean DFW": (10, 64), "Adam": (10, 57), "SGD": (10, 50)}
-    for who, (x, y) in (places | {"PARQ": (10, 43)}).items():
-        axes[1].text(x, y, who, color=LINES[who])
+    axes[1].text(1, 82, "DFW", color=LINES["DFW"])
+    for y, who in zip((64, 57, 50, 43), ("Euclidean DFW", "Adam", "SGD", "PARQ"), strict=True):
+        axes[1].text(10, y, who, color=LINES[who])
     axes[-1].set_xlabel("epoch")
     return figure
 

@@ -270,7 +270,7 @@ def reach_table() -> str:
 
 def longest(run: Run, epoch: float) -> float:
     """The longest step allowed in the middle of an epoch, relative to the size of the weights."""
-    steps = int(run["limit"] or 50_000) // int(run["batch-size"])
+    steps = 50_000 // int(run["batch-size"])
     return by_lr(run) / math.sqrt(1 + (epoch - 0.5) * steps / 100)
 
 
@@ -280,9 +280,8 @@ def gamma_table() -> str:
     rows, epochs = [], (1, 2, 5, 10, 20, 30)
     for run in sorted(runs, key=lambda run: NETS.index(run["net"])):
         if run["schedule"] == "none" and not run["shortcut"]:
-            there = [(row["gamma_mean"], longest(run, row["epoch"])) for row in run.rows]
-            cells = [f"{gamma:.2f}; {100 * gamma * of:.2f}" for gamma, of in there]
-            rows.append([NAMES[run["net"]], *((cells + [""] * 30)[i - 1] for i in epochs)])
+            gammas = [(run.rows[i - 1]["gamma_mean"], longest(run, i)) for i in epochs]
+            rows.append([NAMES[run["net"]], *(f"{g:.2f}; {100 * g * of:.2f}" for g, of in gammas)])
     return markdown(["net", *(f"epoch {i}" for i in epochs)], rows)
 
 
