@@ -135,12 +135,13 @@ def _check_parameter(p: Tensor, group: Group) -> None:
         raise ValueError(f"{where}, but on the meta device, without values; {how}")
     if sharding.whole((~p.isfinite()).sum()):
         raise ValueError(f"{where} and holds NaN or infinity; initialise it before the optimizer")
+    if sharded or not p.numel():
+        return
     levels = {"binary": 2, "ternary": 3}.get(str(name), 2 ** (group.get("bits") or 1))
     axes = [*(quantizer.axis or (0,))]
-    some = p.detach().movedim(axes, [*range(len(axes))]).flatten(len(axes)).flatten(0, -2)[:8]
-    if sharded or not p.numel() or some.shape[1] < 2 * levels:
-        return
-    if 1 <= (some.sort(1).values.diff(dim=1) != 0).sum(1).max() < levels:  # in each channel
+    some = p.detach().movedim(axes, [*range(len(axes))]).flatten(0, len(axes) - 1)[:8, ..., None]
+    distinct = 1 + some.flatten(1).sort(1).values.diff(dim=1).ne(0).sum(1).max()  # in a channel
+    if some[0].numel() >= 2 * levels and 1 < distinct <= levels:
         warnings.warn(
             f"{where} and quantized already, so latents would start far from where they can flip. "
             "For a second optimizer make the model anew, or load the state of the first one",

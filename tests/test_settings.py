@@ -237,6 +237,7 @@ class TestWarned:
         copy.deepcopy(optimizer_class(matrices, **settings))
         optimizer_class([Parameter(torch.zeros(16, 16)), Parameter(torch.eye(2))], **settings)
         optimizer_class([Parameter(torch.randn(64, 4096).bfloat16())], **settings)  # 1,000 values
+        optimizer_class([{"params": make_params(((4, 6),)), "scale_axis": (0, 1)}], **settings)
         with pytest.warns(UserWarning, match=r"\(32, 64\).*quantized already.*second"):
             optimizer_class(matrices[:1], **settings)
 
