@@ -3,7 +3,7 @@
     python char_transformer.py --optimizer dfw
     python char_transformer.py --optimizer adamw
 
-The ternary weights of dfw are TernaryDFW's own; adamw and sgd train them as BitNet b1.58 does, by
+The ternary weights of dfw are TernaryDFW's own; the others train them as BitNet b1.58 does, by
 straight-through gradients. All see the same batches. Embeddings, norms and last layer are float.
 """
 
@@ -49,7 +49,7 @@ class Settings:
         """Complete what the user gave by defaults."""
         optimizer = given.get("optimizer", "dfw")
         schedule = given.get("schedule", "none" if optimizer == "dfw" else "cosine")
-        lr = {"dfw": None, "adamw": 0.003, "sgd": 0.1}[optimizer]
+        lr = {"dfw": None, "adamw": 0.003, "muon": 0.003, "sgd": 0.1}[optimizer]
         average = optimizer == "dfw" and schedule == "none"
         return cls(**({"lr": lr, "schedule": schedule, "average": average} | given))
 
@@ -144,25 +144,25 @@ class TernaryLinear(nn.Linear):
         return linear(x, w + (quantized - w).detach(), self.bias)
 
 
-def attach(model: CharTransformer, settings: Settings) -> torch.optim.Optimizer:
-    """Make the optimizer for ``model``."""
+def attach(model: CharTransformer, settings: Settings) -> list[Any]:
+    """Make the optimizer for ``model``; with Muon there are two."""
     lr, ternary = settings.lr, settings.net == "ternary"
     if settings.optimizer == "dfw":
-        # Left alone, param_groups would keep the first Linear layer float too: a query, not the
-        # layer that sees the input.
-        groups = param_groups(model, skip="head")
-        given = {} if lr is None else {"lr": lr}
-        return (TernaryDFW if ternary else DFW)(groups, **given)
+        # Left alone, param_groups would keep the first Linear layer float too, which is a query.
+        groups, given = param_groups(model, skip="head"), {} if lr is None else {"lr": lr}
+        return [(TernaryDFW if ternary else DFW)(groups, **given)]
     matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
     rest = [p for name, p in model.named_parameters() if p.dim() < 2 or "blocks" not in name]
-    if ternary:
-        for module in model.blocks.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = TernaryLinear
+    for module in model.blocks.modules():
+        if ternary and type(module) is nn.Linear:
+            module.__class__ = TernaryLinear
     if settings.optimizer == "sgd":
-        return torch.optim.SGD([{"params": matrices}, {"params": rest}], lr, momentum=0.9)
-    decays = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(decays, lr, betas=(0.9, 0.95))  # as for most language models
+        return [torch.optim.SGD([*matrices, *rest], lr, 0.9)]
+    # As for most language models. Muon's steps are made as long as AdamW's: both have one lr.
+    adamw = partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.95))
+    muon = partial(torch.optim.Muon, lr=lr, adjust_lr_fn="match_rms_adamw")
+    inner: Any = {"adamw": adamw, "muon": muon}[settings.optimizer]
+    return [inner(matrices, weight_decay=0.1), adamw(rest, weight_decay=0.0)]
 
 
 class Run(common.Run):
@@ -174,7 +174,7 @@ class Run(common.Run):
         with torch.random.fork_rng(devices=[]):  # the same start for every optimizer
             torch.manual_seed(settings.seed)
             model = CharTransformer(len(text.alphabet))
-        super().__init__(settings, model, [attach(model, settings)])
+        super().__init__(settings, model, attach(model, settings))
 
     def describe(self) -> str:
         settings, guess = self.settings, math.log(len(self.text.alphabet))
@@ -220,8 +220,8 @@ def parser() -> Parser:
     out = Parser(__doc__)
     add, count = out.add_argument, number(int, least=1)
     add("--net", choices=("float", "ternary"), help="default: ternary")
-    add("--optimizer", choices=("dfw", "adamw", "sgd"), help="default: dfw")
-    add("--lr", type=number(float, least=0), help="default: dfw's own; adamw 0.003, sgd 0.1")
+    add("--optimizer", choices=("dfw", "adamw", "muon", "sgd"), help="default: dfw")
+    add("--lr", type=number(float, least=0), help="default: dfw's own; sgd 0.1, else 0.003")
     add("--steps", type=count, help="default: 1000")
     add("--batch-size", type=count, help="default: 32")
     add("--schedule", choices=("none", "cosine"), help="of lr (default: dfw none, else cosine)")

@@ -42,6 +42,7 @@ def text() -> Text:
 
 
 JOBS = ["", "--net=float", "--schedule=cosine", "--optimizer=adamw --average", "--optimizer=sgd"]
+JOBS += ["--optimizer=muon"]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -59,7 +60,7 @@ def test_chars_resumed_is_as_never_stopped(
     assert ending(tmp_path / "broken") == ending(tmp_path / "whole")
     row = load_checkpoint(tmp_path / "whole")["history"][-1]
     assert 1 < row["val_loss"] < 7
-    assert ("average_loss" in row) == (job != "--schedule=cosine" and job != "--optimizer=sgd")
+    assert ("average_loss" in row) == (job in JOBS[:2] or "--average" in job)
 
 
 def test_chars_refusals(tmp_path: Path, capsys: Any) -> None:
