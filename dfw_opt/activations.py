@@ -42,9 +42,6 @@ class SignActivation(nn.Module):
         y: Tensor = (_Sign.forward if traced else _Sign.apply)(x, self.ste)
         return y
 
-    def extra_repr(self) -> str:
-        return f"ste={self.ste!r}"
-
 
 class _Sign(torch.autograd.Function):
     generate_vmap_rule = True

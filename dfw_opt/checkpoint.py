@@ -10,7 +10,7 @@ from torch import Tensor
 from dfw_opt import sharding
 from dfw_opt.validate import FIXED, check_settings, check_shared, settings
 
-_WRAP = re.compile(r"_orig_mod\.|^module\.")  # in names, of torch.compile and data parallelism
+_WRAP = re.compile(r"^(?:_orig_mod\.|module\.)+|_orig_mod\.")  # of wrappers, in names
 _HOW = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
 
 
@@ -50,11 +50,13 @@ def _aligned(saved: Any, group: dict[str, Any], optimizer: Any, where: str) -> A
         was, now = saved.get(name), group.get(name)
         has = f"{where} has {name}={was!r}, but here {name}={now!r}"
         _need(was == now, f"{has}; make the optimizer as it was")
-    theirs, ours = ([_WRAP.sub("", n) for n in x.get("param_names") or ()] for x in (saved, group))
+    theirs, ours = ([*(x.get("param_names") or ())] for x in (saved, group))
+    if sorted(theirs) != sorted(ours):
+        theirs, ours = ([_WRAP.sub("", name) for name in names] for names in (theirs, ours))
     if not theirs or not ours:
         return saved
     has = f"{where} is of the parameters {theirs}, but here it is of {ours}"
-    _need(sorted(theirs) == sorted(ours), f"{has}; make the groups as they were")
+    _need(sorted(theirs) == sorted({*ours}), f"{has}; make the groups as they were")
     index = dict(zip(theirs, saved["params"], strict=True))
     return saved | {"params": [index[name] for name in ours], "param_names": group["param_names"]}
 

@@ -146,13 +146,15 @@ class LatentOptimizer(Optimizer):
         for settings in (self.defaults, *groups):
             settings["relaxation"] = float(relaxation)
         for group in groups:
-            for p in (p for p in group["params"] if p in self.state):
+            for p in (p for p in group["params"] if self.state.get(p)):
                 self._place(p, self.state[p])
                 self._write(p, group)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch. Each parameter's state has the plane they share: its height and its age."""
         result = super().state_dict()
+        for group in result["param_groups"]:  # NumPy's would not be safe to load
+            group |= {k: x.item() for k, x in group.items() if type(x).__module__ == "numpy"}
         if self.param_groups[0]["norm"] == "spectral":
             states = result["state"].items()
             result["state"] = {i: s | {"plane": self._plane.clone()} for i, s in states}

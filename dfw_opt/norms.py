@@ -53,10 +53,8 @@ def spectral(
         return _normalised(gradient, dims=tuple(range(1, gradient.dim())))
     if layout == "rows":
         dims = tuple(range(2, gradient.dim()))
-        direction = _normalised(gradient, dims)
-        if present is not None:
-            direction = direction * (present.abs().amax(dims, keepdim=True) > 0)
-        return direction
+        asked = 1.0 if present is None else present.abs().amax(dims, keepdim=True) > 0
+        return _normalised(gradient, dims) * asked
     matrix = gradient.flatten(0, -3) if layout == "stack" else gradient.flatten(2)
     return (math.sqrt(max(matrix.shape[1:])) * polar(matrix, products)).view_as(gradient)
 

@@ -46,8 +46,7 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
     [('quantized', ['1.weight']), ('float', ['0.weight', '0.bias', '1.bias', '2.weight', '2.bias'])]
     """
     if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise TypeError(f"model={kind} must be a torch.nn.Module, as in param_groups(model)")
+        raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module, with its layers")
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, _LAYERS)]
     layers = {name: modules[name] for name in linear if "weight" in modules[name]._parameters}

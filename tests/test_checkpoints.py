@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_consistent, everything, fingerprint, make_params, refused, train, whole
@@ -75,6 +76,7 @@ class TestResumed:
         params = make_params()
         optimizer = kind.make(params, momentum=0.0)
         train(optimizer, params, 1)
+        optimizer.param_groups[0]["lr"] = np.float64(0.1)  # a scheduler's
         saved = optimizer.state_dict()
         for state in saved["state"].values():
             assert state
@@ -138,7 +140,8 @@ def test_names_decide_over_order(optimizer_class: Any, norm: str) -> None:
     for group in groups:
         for key in ("params", "param_names"):
             group[key].reverse()
-        group["param_names"] = [f"module._orig_mod.{name}" for name in group["param_names"]]
+        wrap = "module._orig_mod." if norm == "spectral" else "_orig_mod.module."
+        group["param_names"] = [f"{wrap}{name}" for name in group["param_names"]]
     other = optimizer_class(groups, norm=norm)
     train(optimizer, list(model.parameters()), 2)
     twin.load_state_dict(model.state_dict())
@@ -152,6 +155,12 @@ def test_names_decide_over_order(optimizer_class: Any, norm: str) -> None:
     optimizer = optimizer_class(param_groups(five_layers(), skip=["0", "1"]), norm=norm)
     with refused(optimizer, r"3.weight.*2.weight.*1.weight.*2.weight.*3.weight.*4.weight"):
         optimizer.load_state_dict(other.state_dict())
+
+    twins = [optimizer_class(param_groups(five_layers(seed)), norm=norm) for seed in (2, 3)]
+    for twin in twins:  # a name that is no wrapper's, beside another
+        twin.param_groups[0]["param_names"][0] = "module.2.weight"
+    twins[1].load_state_dict(twins[0].state_dict())
+    assert fingerprint([*twins[0].state.values()]) == fingerprint([*twins[1].state.values()])
 
 
 def state(key: str, value: Callable[[Tensor], Any]) -> Callable[[dict[str, Any]], Any]:
