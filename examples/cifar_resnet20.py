@@ -47,6 +47,7 @@ def parser() -> Parser:
     add("--weight-decay", type=at_least_0, help="of float weights; with dfw and parq of all")
     add("--radius", type=above_0, help="of dfw's box (default: its own)")
     share = number(float, least=1e-9, below=1)
+    add("--threshold", type=share, help="of dfw's ternary weights, from 0 to 1 (default: its own)")
     add("--relax", type=share, metavar="SHARE", help="of the run, in which dfw goes from float")
     add("--epochs", type=count, help="default: 20")
     add("--batch-size", type=count, help="default: 128; digits 32")

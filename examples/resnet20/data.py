@@ -144,8 +144,7 @@ class Batches:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(count, generator=generator)
         top, left = torch.randint(2 * self._pad + 1, (2, count, 1), generator=generator)
-        rows = top + torch.arange(self._size)
-        columns = left + torch.arange(self._size)
+        rows, columns = (first + torch.arange(self._size) for first in (top, left))
         if self._flips:
             mirrored = torch.rand(count, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)

@@ -21,12 +21,11 @@ def frank_wolfe(model: nn.Module, settings: Settings) -> FrankWolfe:
     groups = param_groups(model)
     if settings.net == "float":
         return DFW(groups, **given)
+    keys = ("bits", "radius", "threshold")
+    own: dict[str, Any] = {key: x for key in keys if (x := getattr(settings, key)) is not None}
+    own |= {"quantizer": "uniform"} if settings.net == "uniform" else {}
     for group in groups:
-        if group["name"].startswith("quantized"):
-            if settings.net == "uniform":
-                group |= {"quantizer": "uniform", "bits": settings.bits}
-            if settings.radius is not None:
-                group["radius"] = settings.radius
+        group |= own if group["name"].startswith("quantized") else {}
     optimizer = (TernaryDFW if settings.net == "ternary" else ProjectedDFW)(groups, **given)
     if settings.relax:
         optimizer.relax(1.0)  # float at first; the loop lowers it

@@ -7,7 +7,6 @@ import torch
 from common import UserError
 
 PLACE = ("device", "threads")  # may differ when a run is resumed
-OF_PARQ = ("binary", "ternary")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +25,7 @@ class Settings:
     momentum: Any
     weight_decay: Any
     radius: float | None = None
+    threshold: float | None = None
     relax: float | None = None
     epochs: int = 20
     batch_size: int
@@ -75,17 +75,19 @@ class Settings:
     def check(self) -> None:
         """Refuse what does not go together."""
         dfw, parq = self.optimizer == "dfw", self.optimizer == "parq"
-        resnet, latents = self.arch == "resnet20", dfw and self.net != "float"
+        latents, ternary = dfw and self.net != "float", dfw and self.net == "ternary"
+        resnet, weights = self.arch == "resnet20", self.net in ("binary", "ternary")
         rules = (
             ("--smooth", "--loss svm", self.smooth, self.loss == "svm"),
             ("--bits", "--net uniform", self.bits, self.net == "uniform"),
             ("--net uniform", "--optimizer dfw", self.net == "uniform", dfw),
             ("--net xnor", "--arch resnet20", self.net == "xnor", resnet),
             ("--shortcut bireal", "--arch resnet20", self.shortcut == "bireal", resnet),
-            ("--optimizer parq", "--net binary or ternary", parq, self.net in OF_PARQ),
+            ("--optimizer parq", "--net binary or ternary", parq, weights),
             ("--average", "--optimizer dfw, adam, sgd or muon", self.average, not parq),
             ("--norm", "--optimizer dfw", self.norm, dfw),
             ("--radius", "--optimizer dfw and quantized weights", self.radius, latents),
+            ("--threshold", "--optimizer dfw --net ternary", self.threshold, ternary),
             ("--relax", "--optimizer dfw and quantized weights", self.relax, latents),
         )
         for name, needed, given, fits in rules:

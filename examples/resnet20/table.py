@@ -27,7 +27,6 @@ NAMES = {"sgd": "SGD", "adam": "Adam", "dfw": "DFW"}
 # What the rows share; all else is a row's own.
 BUDGET = ("epochs", "batch_size", "seed", "amp", "limit", "validate", "data", *PLACE)
 
-
 Job = tuple[Settings, Path, float]  # lr is the default times the last
 
 
