@@ -46,7 +46,7 @@ def param_groups(model: nn.Module, skip: Skip | None = None) -> list[dict[str, A
     [('quantized', ['1.weight']), ('float', ['0.weight', '0.bias', '1.bias', '2.weight', '2.bias'])]
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module, with its layers")
+        raise TypeError(f"model={type(model).__name__} must be an nn.Module: param_groups(model)")
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, _LAYERS)]
     layers = {name: modules[name] for name in linear if "weight" in modules[name]._parameters}

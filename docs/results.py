@@ -78,6 +78,12 @@ class Run:
         return NAMES[self["optimizer"]]
 
     @property
+    def who(self) -> str:
+        """Optimizer, threshold and schedule; the latter two where they are not the usual ones."""
+        threshold = f"threshold {self['threshold']}" if self["threshold"] else ""
+        return ", ".join(filter(None, (self.optimizer, threshold, SCHEDULES[self["schedule"]])))
+
+    @property
     def start(self) -> str:
         """How its weights began, if they were not quantized from the first step on."""
         return "relaxed" if self["relax"] else "float first" if self["float-epochs"] else ""
@@ -194,8 +200,7 @@ def budget_table(name: str, epochs: str) -> str:
             continue  # the baselines are shown with the loss and the schedule that suit them
         if run.start or run["shortcut"]:
             continue
-        who = ", ".join(filter(None, (run.optimizer, SCHEDULES[run["schedule"]])))
-        kinds.setdefault(run["net"], {}).setdefault((who, run["lr"]), []).append(run)
+        kinds.setdefault(run["net"], {}).setdefault((run.who, run["lr"]), []).append(run)
     rows = []
     for net in NETS:
         those = kinds[net]
@@ -210,7 +215,7 @@ def budget_table(name: str, epochs: str) -> str:
 def readme_table() -> str:
     """For a first look: five epochs, each optimizer at its best; the mean of its seeds."""
     runs = [run for run in [*load("main"), *load("parq")] if run["epochs"] == "5"]
-    runs = [run for run in runs if not run.start and not run["shortcut"]]
+    runs = [run for run in runs if not (run.start or run["shortcut"] or run["threshold"])]
     names = ("DFW", "Euclidean DFW", "Adam", "SGD", "PARQ")
     rows = []
     for net in NETS:
@@ -384,10 +389,9 @@ def chars_table() -> str:
     """The character transformer: each optimizer at the best of the lr that were tried."""
     kinds: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
     for run in sorted(load("chars"), key=lambda run: (run["net"], run.optimizer, by_lr(run))):
-        who = ", ".join(filter(None, (run.optimizer, SCHEDULES[run["schedule"]])))
         rates = (run["lr"], run["attention-lr"] or run["lr"])
         judged = "average_loss" if run["average"] == "yes" else "val_loss"
-        tried = kinds.setdefault((NAMES[run["net"]], who), {})
+        tried = kinds.setdefault((NAMES[run["net"]], run.who), {})
         tried.setdefault(rates, []).append(run.rows[-1][judged])
     rows = []
     for kind, tried in kinds.items():

@@ -142,7 +142,7 @@ def test_clip() -> None:
 def test_ternary_start_is_that_of_the_optimizer() -> None:
     plain = conv().float()
     layer, p = TernaryConv2d(plain), plain.weight
-    state = TernaryDFW([p]).state[p]
+    state = TernaryDFW([p], threshold=0.05).state[p]
     torch.testing.assert_close(layer.latent.detach(), state["latent"].flatten(1))
     torch.testing.assert_close(layer.scale_pos.detach(), state["scale_pos"])
     torch.testing.assert_close(layer.scale_neg.detach(), state["scale_neg"])
