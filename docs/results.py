@@ -237,7 +237,7 @@ def sweep() -> dict[tuple[str, str], dict[float, float]]:
     for net, who in itertools.product(NETS, SWEPT):
         loss = "svm" if who.endswith("DFW") else "ce"
         schedule = "none" if who == "DFW" else "cosine"
-        tried = pick(load("sweep"), net=net, loss=loss, schedule=schedule, seed="0")
+        tried = pick(load("sweep"), net=net, loss=loss, schedule=schedule, seed="0", threshold="")
         chosen = sorted((run for run in tried if run.optimizer == who), key=by_lr)
         points[net, who] = {by_lr(run): run.accuracy for run in chosen}
     return points
@@ -340,23 +340,6 @@ def ablation_table() -> str:
     return markdown(["", *(f"{NAMES[net]}, lr {lr}" for net, lr in columns)], rows)
 
 
-def open_table() -> str:
-    """XNOR with a schedule and without, of the network and of a moving average."""
-    runs, rows = load("open"), []
-    for lr in sorted({run["lr"] for run in runs}, key=float):
-        chosen = pick(runs, lr=lr)
-        cells = [lr]
-        for schedule in ("cosine", "none"):
-            # Runs that differ in the average alone are one run.
-            plain = {100 * run.rows[-1]["accuracy"] for run in pick(chosen, schedule=schedule)}
-            cells.append(number(sorted(plain)))
-        averaged = [run for run in pick(chosen, schedule="none") if run["average"]]
-        values = [(100 * run.rows[-1]["average_accuracy"], run["average"]) for run in averaged]
-        cells.append(", ".join(f"{accuracy:.1f} ({decay})" for accuracy, decay in values))
-        rows.append(cells)
-    return markdown(["lr", "cosine", "no schedule", "no schedule, average (decay)"], rows)
-
-
 def relaxed_table() -> str:
     """Accuracy by the share of the run after which the weights are quantized."""
     runs = pick(load("relaxed"), seed="0")
@@ -386,18 +369,19 @@ def architectures_table() -> str:
 
 
 def chars_table() -> str:
-    """The character transformer: each optimizer at the best of the lr that were tried."""
-    kinds: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
+    """The character transformer: DFW at each lr, the others at the best that was tried."""
+    kinds: dict[tuple[str, ...], dict[tuple[str, str], list[float]]] = {}
     for run in sorted(load("chars"), key=lambda run: (run["net"], run.optimizer, by_lr(run))):
         rates = (run["lr"], run["attention-lr"] or run["lr"])
         judged = "average_loss" if run["average"] == "yes" else "val_loss"
-        tried = kinds.setdefault((NAMES[run["net"]], run.who), {})
+        own = (run["lr"],) if run.optimizer == "DFW" else ()
+        tried = kinds.setdefault((NAMES[run["net"]], run.who, *own), {})
         tried.setdefault(rates, []).append(run.rows[-1][judged])
     rows = []
     for kind, tried in kinds.items():
         lr, of_heads = best = min(tried, key=lambda rates: sum(tried[rates]) / len(tried[rates]))
         lr += f" (Q, K: {of_heads})" * (of_heads != lr) + f", of {len(tried)}" * (len(tried) > 1)
-        rows.append([*kind, lr, ", ".join(f"{x:.3f}" for x in tried[best])])
+        rows.append([*kind[:2], lr, ", ".join(f"{x:.3f}" for x in tried[best])])
     return markdown(["weights", "optimizer", "lr", "validation loss"], rows)
 
 
@@ -411,7 +395,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "reach": reach_table,
     "gamma": gamma_table,
     "ablations": ablation_table,
-    "open": open_table,
     "relaxed": relaxed_table,
     "architectures": architectures_table,
     "chars": chars_table,
