@@ -146,8 +146,7 @@ class TernaryDFW(FrankWolfe):
 
     Args:
         quantizer: ``"ternary"``, ``"binary"`` or ``None``, as there.
-        threshold: :math:`t \in [0, 1)`; weights with :math:`|u| \le t \max|u|` are 0. The paper has
-            0.05; best for evenly spread weights is a third (Li and Liu, 2016, arXiv 1605.04711).
+        threshold: :math:`t \in [0, 1)`; weights with :math:`|u| \le t \max|u|` are 0.
 
     >>> model = torch.nn.Linear(4, 3)
     >>> optimizer = TernaryDFW(param_groups(model, skip=[]))
@@ -168,7 +167,7 @@ class TernaryDFW(FrankWolfe):
         *,
         norm: str = "spectral",
         quantizer: str | None = "ternary",
-        threshold: float = 0.3,
+        threshold: float = 0.05,
         radius: float | None = 1.0,
         step_size: str = "exact",
         relaxation: float = 0.0,

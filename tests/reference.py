@@ -105,7 +105,7 @@ class Settings:
     eps: float = 1e-5
     quantizer: str | None = None
     radius: float | None = None
-    threshold: float = 0.3
+    threshold: float = 0.05
     bits: int | None = None
     step_size: str = "exact"
     relaxation: float = 0.0

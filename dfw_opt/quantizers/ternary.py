@@ -32,7 +32,7 @@ from dfw_opt.quantizers.base import SCALE_MIN, Pullback, Quantizer, State, by_te
 
 @dataclass
 class Ternary(Quantizer):
-    threshold: float = 0.3
+    threshold: float = 0.05
     scales = ("scale_pos", "scale_neg")
     leveled = False
 
