@@ -19,6 +19,8 @@ from torch.nn import Parameter
 
 from dfw_opt import DFW, ProjectedDFW, TernaryDFW
 
+SECOND: list[Any] = [(ProjectedDFW, {}), (TernaryDFW, {}), (TernaryDFW, {"quantizer": "binary"})]
+SECOND += [(ProjectedDFW, {"quantizer": "uniform", "bits": bits}) for bits in (2, 4)]
 NUMBERS = (math.nan, math.inf, 10**400, True, "0.1", [0.1], torch.tensor(0.5))
 BAD: dict[str, tuple[Any, ...]] = {
     "lr": (-0.1, None, *NUMBERS[:-1], torch.tensor(-0.5), torch.tensor(math.nan), torch.ones(2)),
@@ -221,12 +223,9 @@ class TestWarned:
         optimizer.step(loss=1.0)
         assert everything(optimizer) == before
 
-    @QUANTIZING
-    @pytest.mark.parametrize("bits", [None, 2, 4])
-    def test_a_second_optimizer(self, optimizer_class: Any, bits: int | None) -> None:
+    @pytest.mark.parametrize(("optimizer_class", "settings"), SECOND)
+    def test_a_second_optimizer(self, optimizer_class: Any, settings: Any) -> None:
         """Its latents would start at the levels; nothing is said of weights as they begin."""
-        optimizer_class = ProjectedDFW if bits else optimizer_class
-        settings = {"quantizer": "uniform", "bits": bits} if bits else {}
         matrices = make_params(((32, 64), (8, 4, 3, 3)))
         copy.deepcopy(optimizer_class(matrices, **settings))
         optimizer_class([Parameter(torch.zeros(16, 16)), Parameter(torch.eye(2))], **settings)
