@@ -140,13 +140,13 @@ class TernaryDFW(FrankWolfe):
     Each quantized parameter holds :math:`Q(u) \in \{-c\,W_n,\ 0,\ c\,W_p\}`. Its state has the
     latent :math:`u`, as in :class:`ProjectedDFW`, and the scales :math:`W_p` (``"scale_pos"``) and
     :math:`W_n` (``"scale_neg"``), all trained by the step of that class with one :math:`\gamma`.
-    Scales are at least 0.001 and need no learning rate of their own: in the spectral norm they move
-    by a tenth of their first value at most, in the Euclidean norm by :mod:`their metric
-    <dfw_opt.quantizers.ternary>`. Other arguments (not ``bits``), errors: :class:`ProjectedDFW`.
+    Scales, at least 0.001, move by a tenth of their first value at most, in the Euclidean norm by
+    their metric (:mod:`dfw_opt.quantizers.ternary`). Other arguments: :class:`ProjectedDFW`.
 
     Args:
         quantizer: ``"ternary"``, ``"binary"`` or ``None``, as there.
-        threshold: :math:`t \in [0, 1)`; weights with :math:`|u| \le t \max|u|` are 0.
+        threshold: :math:`t \in [0, 1)`, for 0 where :math:`|u| \le t \max|u|`; or ``None``: 0.05 in
+            the Euclidean norm, as in the paper; else 0 where :math:`|u| \le 0.7\,\text{mean}\,|u|`.
 
     >>> model = torch.nn.Linear(4, 3)
     >>> optimizer = TernaryDFW(param_groups(model, skip=[]))
@@ -167,7 +167,7 @@ class TernaryDFW(FrankWolfe):
         *,
         norm: str = "spectral",
         quantizer: str | None = "ternary",
-        threshold: float = 0.05,
+        threshold: float | None = None,
         radius: float | None = 1.0,
         step_size: str = "exact",
         relaxation: float = 0.0,

@@ -79,9 +79,9 @@ def check_settings(group: Group, known: Group) -> None:
     for name, home in _HOMES.items():
         if name not in known and group.get(name) is not None:
             raise ValueError(f"{name}={group[name]!r} is no setting of this optimizer; use {home}")
+    free = ["radius", "threshold"] + ["bits"] * (group.get("quantizer") != "uniform")
     for name in _RANGES.keys() & known.keys() & group.keys():
-        free = name == "radius" or (name == "bits" and group.get("quantizer") != "uniform")
-        if not (free and group[name] is None):
+        if not (name in free and group[name] is None):
             _check_number(name, group[name], *_RANGES[name])
     for choice in _CHOICES.keys() & known.keys():
         if (value := group.get(choice)) not in _CHOICES[choice]:
@@ -152,7 +152,7 @@ def _check_parameter(p: Tensor, group: Group) -> None:
 def settings(group: Group) -> dict[str, Any]:
     """What of a group is checked; tensors are not looked at."""
     names = (*FIXED, *_RANGES, "step_size")
-    return {k: None if isinstance(group.get(k), Tensor) else group.get(k) for k in names}
+    return {k: Tensor if isinstance(group.get(k), Tensor) else group.get(k) for k in names}
 
 
 def before_step(optimizer: "LatentOptimizer", *_: Any) -> None:

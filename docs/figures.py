@@ -192,16 +192,18 @@ def draw_plane(data: Data) -> Figure:
 def zeros_data() -> Data:
     """The latents of a ternary layer before and after training, and its zeros by threshold."""
     data: Data = {}
-    for threshold in (0.05, 0.3):
+    for threshold in (None, 0.05):
         net = network()
         optimizer = TernaryDFW(param_groups(net), threshold=threshold)
         weight, shares = net.get_parameter("2.weight"), []
         for steps in (0, 200):
             list(training(net, optimizer, steps))
             shares.append(100 * (weight == 0).double().mean().item())
-            if threshold == 0.05:
-                counts = torch.histc(optimizer.state[weight]["latent"], BINS, -1, 1)
+            if threshold is None:
+                latent = optimizer.state[weight]["latent"]
+                counts = torch.histc(latent, BINS, -1, 1)
                 data["after" if steps else "before"] = (100 * counts / weight.numel()).tolist()
+                data["threshold"] = 0.7 * latent.abs().mean().item()
         data[f"zeros at {threshold}"] = shares
     return data
 
@@ -215,10 +217,10 @@ def draw_zeros(data: Data) -> Figure:
     edges = [2 * i / BINS - 1 for i in range(BINS + 1)]
     axis.stairs(data["after"], edges, fill=True, color="C0")
     axis.stairs(data["before"], edges, color="C1", linewidth=1.6)
-    axis.axvspan(-0.05, 0.05, facecolor="C2", alpha=0.4)
+    axis.axvspan(-data["threshold"], data["threshold"], facecolor="C2", alpha=0.25)
     axis.set_title("% of the latents", **TITLE)
     top = max(data["after"])
-    axis.text(0.08, 0.95 * top, "these weights are 0", color="C2", va="top")
+    axis.text(0, 0.95 * top, "these weights are 0", color="C2", va="top", ha="center")
     axis.text(-0.85, 0.3 * top, "at the start", color="C1")
     axis.text(0.9, 0.7 * top, "after 200 steps", color="C0", ha="right")
     axis.set(xlabel="latent u", xlim=(-1.02, 1.02), xticks=[-1, -0.5, 0, 0.5, 1])

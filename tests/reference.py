@@ -105,7 +105,7 @@ class Settings:
     eps: float = 1e-5
     quantizer: str | None = None
     radius: float | None = None
-    threshold: float = 0.05
+    threshold: float | None = None
     bits: int | None = None
     step_size: str = "exact"
     relaxation: float = 0.0
@@ -363,7 +363,7 @@ class UniformParameter(LatentParameter):
 
 
 class TernaryParameter(LatentParameter):
-    """Q = c·W_p above Δ, −c·W_n below −Δ, 0 between; Δ = t·max|u|."""
+    """Q = c·W_p above Δ, −c·W_n below −Δ, 0 between; Δ = t·max|u| or 0.7·mean|u|."""
 
     leveled = False
 
@@ -380,7 +380,10 @@ class TernaryParameter(LatentParameter):
 
     def zones(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         u = self.latent.value
-        threshold = self.settings.threshold * np.abs(u).max()
+        t, size = self.settings.threshold, np.abs(u)
+        if t is None and self.settings.norm == "euclidean":
+            t = 0.05
+        threshold = 0.7 * size.mean() if t is None else t * size.max()
         return u > threshold, u < -threshold
 
     def hard(self) -> Array:
@@ -391,13 +394,15 @@ class TernaryParameter(LatentParameter):
         return result
 
     def hard_moves(self, gradient: Array) -> list[Move]:
-        """δ_u = c·(W_p g, g, W_n g), δ_Wp = c Σ₊g, δ_Wn = −c Σ₋g.
+        """δ_u = c·(W_p g, s g, W_n g), δ_Wp = c Σ₊g, δ_Wn = −c Σ₋g.
 
-        M = c²(n₊W_p² + n₀ + n₋W_n²)/n, c²n₊, c²n₋.
+        M = c²(n₊W_p² + n₀s² + n₋W_n²)/n, c²n₊, c²n₋; s is 1 in the paper, else (W_p + W_n)/2.
         """
         c = self.unit
         above, below = self.zones()
-        slopes = np.where(above, self.scale_pos.value, np.where(below, self.scale_neg.value, 1.0))
+        W_p, W_n = float(self.scale_pos.value), float(self.scale_neg.value)
+        s = 1.0 if self.settings.norm == "euclidean" else (W_p + W_n) / 2
+        slopes = np.where(above, W_p, np.where(below, W_n, s))
         metric = c * c * float(np.square(slopes).mean())
         pos, neg = np.array(c * gradient[above].sum()), np.array(-c * gradient[below].sum())
         return [

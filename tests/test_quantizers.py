@@ -37,7 +37,8 @@ LAYOUTS: list[tuple[tuple[int, ...], int | tuple[int, ...], int]] = [
 OPTIONS: dict[str, dict[str, Any]] = {
     "binary": {},
     "uniform": {"bits": 3},
-    "ternary": {"threshold": 0.3},
+    "ternary": {"threshold": None},
+    "ternary-euclidean": {"threshold": 0.3, "norm": "euclidean"},
 }
 BATCH, UNITS = 3, (0.37, 1.9, 0.02)
 
@@ -50,8 +51,8 @@ CASES = [
 def make(
     name: str, axis: int | tuple[int, ...] = 0, groups: int = 1, theta: float = 0.0, **own: Any
 ) -> Quantizer:
-    keys = {"scale_axis": axis, "scale_groups": groups, "relaxation": theta}
-    quantizer = quantizer_of({"quantizer": name, **OPTIONS[name], **keys, **own})
+    keys = {"scale_axis": axis, "scale_groups": groups, "relaxation": theta, "norm": "spectral"}
+    quantizer = quantizer_of({"quantizer": name.split("-")[0], **keys, **OPTIONS[name], **own})
     assert quantizer is not None
     return quantizer
 
@@ -104,10 +105,12 @@ def surrogate(
         a, q = per_channel(fixed.abs(), axis, groups, torch.max), 3  # of 3 bits
         x = q * u / a
         return c * a * Estimate.apply(x, x.detach().round(), torch.ones_like(u)) / q
-    delta = OPTIONS[name]["threshold"] * fixed.abs().max()
+    t, euclidean = OPTIONS[name]["threshold"], "euclidean" in name
+    delta = 0.7 * fixed.abs().mean() if t is None else t * fixed.abs().max()
     above, below = fixed > delta, fixed < -delta
     level = W[0] * above - W[1] * below
-    slope = W[0] * above + W[1] * below + ~(above | below)
+    between = 1 if euclidean else (W[0] + W[1]) / 2
+    slope = W[0] * above + W[1] * below + between * ~(above | below)
     # Forward level; backward to u the slope, to the scales the level itself.
     return c * (level + Estimate.apply(u, torch.zeros_like(u), slope.detach()))
 
@@ -129,7 +132,7 @@ def test_against_autograd(
     state, grad = draw(shape)
     values, pulled = quantizer.quantize(state), quantizer.pull_back(grad, state)
     assert set(pulled) == {"latent", *quantizer.scales}
-    assert quantizer.scales == (("scale_pos", "scale_neg") if name == "ternary" else ())
+    assert quantizer.scales == (("scale_pos", "scale_neg") if "ternary" in name else ())
     for i, (u, c, W) in enumerate(each(state)):
 
         def hard(u: Tensor, c: Tensor = c, W: tuple[Tensor, Tensor] = W) -> Any:
@@ -137,7 +140,7 @@ def test_against_autograd(
 
         relaxed = (1 - theta) * hard(u) + theta * c * u
         torch.testing.assert_close(values[i], relaxed.detach(), rtol=1e-12, atol=1e-14)
-        leaves = (u, *W) if name == "ternary" else (u,)
+        leaves = (u, *W) if "ternary" in name else (u,)
         jacobian = torch.autograd.functional.jacobian(hard, u).reshape(u.numel(), -1)
         if name == "binary":
             # What a latent does through the scale to others of its channel is left out.
@@ -181,10 +184,10 @@ def test_start(name: str, layout: tuple[Any, ...], size: float) -> None:
     weight = weight.abs() if axis else weight  # one zone is empty
     state = make(name, axis, groups).start(weight, math.inf)
     own = {"scale_axis": axis, "scale_groups": groups, **OPTIONS[name]}
-    expected: Any = make_parameter(weight[0].numpy(), Settings(quantizer=name, **own))
+    expected: Any = make_parameter(weight[0].numpy(), Settings(quantizer=name.split("-")[0], **own))
     assert float(state["unit"]) == pytest.approx(expected.unit, rel=1e-14)
     torch.testing.assert_close(state["latent"][0], torch.tensor(expected.latent.value))
-    for key in ("scale_pos", "scale_neg") if name == "ternary" else ():
+    for key in ("scale_pos", "scale_neg") if "ternary" in name else ():
         assert float(state[key]) == pytest.approx(float(getattr(expected, key).value), rel=1e-12)
     assert (make(name, axis, groups).start(weight, 0.4)["latent"].abs() <= 0.4).all()
 
@@ -220,11 +223,13 @@ def test_values_of_binary() -> None:
 
 
 def test_values_of_ternary() -> None:
-    """Δ = t·max|u| of the whole tensor; both u > Δ and u < −Δ are strict, and 0.5 is exact."""
+    """Δ of the whole tensor; both u > Δ and u < −Δ are strict, and 0.5 is exact."""
     latent = [[1.0, 0.5, -0.5], [0.5000001, -0.5000001, -0.0]]
     assert quantize("ternary", latent, threshold=0.5) == [[1.5, 0.0, 0.0], [1.5, -0.5, 0.0]]
     values = quantize("ternary", [[0.0, 1e-30, -1e-30, 1.0]], threshold=0.0)
     assert values == [[0.0, 1.5, -0.5, 1.5]]
+    values = quantize("ternary", [[1.0, 0.4, -0.4, 0.2, -0.2, 0.0, 1.0]])  # Δ is 0.32
+    assert values == [[1.5, 1.5, -0.5, 0.0, 0.0, 0.0, 1.5]]
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -28,7 +28,7 @@ CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "box": (ProjectedDFW, {"quantizer": None, "radius": 0.3}),
     "binary": (ProjectedDFW, {"quantizer": "binary", "radius": 1.0}),
     "uniform": (ProjectedDFW, {"quantizer": "uniform", "bits": 3, "radius": 1.0}),
-    "ternary": (TernaryDFW, {"quantizer": "ternary", "threshold": 0.3, "radius": 1.0}),
+    "ternary": (TernaryDFW, {"quantizer": "ternary", "threshold": None, "radius": 1.0}),
 }
 
 

@@ -38,5 +38,5 @@ def quantizer_of(group: Mapping[str, Any]) -> Quantizer | None:
     kind, keys = QUANTIZERS[group["quantizer"]]
     axis, theta, own = group["scale_axis"], group["relaxation"], {key: group[key] for key in keys}
     axes = axis if isinstance(axis, tuple) else (axis,)
-    quantizer = kind(axis=axes, groups=group["scale_groups"], **own)
+    quantizer = kind(axes, group["scale_groups"], group["norm"], **own)
     return Relaxed(quantizer, theta) if theta else quantizer

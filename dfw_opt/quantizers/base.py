@@ -35,12 +35,14 @@ class Quantizer:
     Attributes:
         axis: the dimensions that number a weight's output channels, each of which has a scale.
         groups: of a transposed convolution, whose first dimension they divide.
+        norm: in which a step is measured.
         scales: the state keys of what is trained beside the latent, in the unit :math:`c`.
         leveled: whether levels follow from the latents, so that the box bounds them.
     """
 
     axis: Sequence[int] = (0,)
     groups: int = 1
+    norm: str = "spectral"
     scales = tuple[str, ...]()
     leveled = True
 

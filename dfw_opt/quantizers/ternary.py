@@ -3,7 +3,8 @@ r"""Ternary weights with two trained scales per tensor, as in Trained Ternary Qu
 .. math::
 
     Q(u) = \begin{cases} \phantom{-}c\,W_p & u > \Delta \\ \phantom{-}0 & |u| \le \Delta \\
-        -c\,W_n & u < -\Delta \end{cases} \qquad \Delta = t \cdot \max|u| .
+        -c\,W_n & u < -\Delta \end{cases} \qquad
+    \Delta = t \cdot \max|u| \text{, or, without } t, \quad 0.7 \cdot \text{mean}\,|u| .
 
 :math:`W_p, W_n > 0` start as the mean of :math:`|u|` beyond :math:`\Delta` on their side and are
 trained in the same step as the latent. With :math:`g` the gradient at :math:`Q(u)`,
@@ -12,14 +13,15 @@ trained in the same step as the latent. With :math:`g` the gradient at :math:`Q(
 
     \delta_{W_p} &= c \sum_{u > \Delta} g, \quad M = c^2 n_+, \\
     \delta_{W_n} &= -c \sum_{u < -\Delta} g, \quad M = c^2 n_-, \\
-    \delta_{u} &= c\,(W_p\,g,\ g,\ W_n\,g) \text{ in the three zones}, \\
-    M &= c^2\,(n_+ W_p^2 + n_0 + n_- W_n^2) / n,
+    \delta_{u} &= c\,(W_p\,g,\ s\,g,\ W_n\,g) \text{ in the three zones}, \\
+    M &= c^2\,(n_+ W_p^2 + n_0 s^2 + n_- W_n^2) / n,
 
-with :math:`n_+, n_0, n_-` the numbers of weights in the zones, :math:`n` their sum. So a scale
-moves by the *mean* gradient of its zone. No gradient flows through :math:`\Delta`.
+with :math:`n_+, n_0, n_-, n` the numbers of weights in the zones and in all. So a scale moves by
+the *mean* gradient of its zone. In the Euclidean norm :math:`s = 1`, as in the paper, several times
+the other slopes; in the spectral norm, where that would turn the direction of all, their mean.
 
-Source: Zhu et al., *Trained Ternary Quantization*, ICLR 2017 (arXiv 1612.01064), equations (6) to
-(8). Equation (7) lacks the minus of :math:`\delta_{W_n}`, without which the scale ascends.
+Sources: Zhu et al., *Trained Ternary Quantization*, ICLR 2017 (arXiv 1612.01064), equations (6) to
+(8), with the minus that (7) lacks. Li, Liu, *Ternary Weight Networks*, 2016 (arXiv 1605.04711).
 """
 
 from dataclasses import dataclass
@@ -32,13 +34,13 @@ from dfw_opt.quantizers.base import SCALE_MIN, Pullback, Quantizer, State, by_te
 
 @dataclass
 class Ternary(Quantizer):
-    threshold: float = 0.05
+    threshold: float | None = None
     scales = ("scale_pos", "scale_neg")
     leveled = False
 
     def starting_scales(self, latent: Tensor) -> State:
         means = {
-            key: by_tensor(latent.abs() * zone, torch.sum) / _count(zone)
+            key: by_tensor(latent.abs() * zone, torch.sum) / by_tensor(zone, torch.sum).clamp(min=1)
             for key, zone in zip(self.scales, self._zones(latent), strict=True)
         }
         return {key: mean.clamp(min=SCALE_MIN) for key, mean in means.items()}
@@ -51,20 +53,18 @@ class Ternary(Quantizer):
     def pull_back(self, grad: Tensor, state: State) -> dict[str, Pullback]:
         c, W_p, W_n = (state[key] for key in ("unit", *self.scales))
         above, below = self._zones(state["latent"])
-        slope = torch.where(above, W_p, torch.where(below, W_n, 1.0))
+        between = (W_p + W_n) / 2 if self.norm == "spectral" else 1.0
+        slope = torch.where(above, W_p, torch.where(below, W_n, between))
         mean = by_tensor(slope.square(), torch.sum) / grad[0].numel()
         pulled = {"latent": Pullback(c * slope * grad, c.square() * mean)}
         for key, factor, zone in (("scale_pos", c, above), ("scale_neg", -c, below)):
             delta = factor * by_tensor(grad * zone, torch.sum)
-            # As the scales are: a number for each tensor of the batch.
-            pulled[key] = Pullback(delta.flatten(), (c.square() * _count(zone)).flatten())
+            # An empty zone counts 1, which keeps M positive. As scales are, a number a tensor.
+            M = c.square() * by_tensor(zone, torch.sum).clamp(min=1)
+            pulled[key] = Pullback(delta.flatten(), M.flatten())
         return pulled
 
     def _zones(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        delta = self.threshold * by_tensor(latent.abs(), torch.amax)
+        t, how = (0.7, torch.mean) if self.threshold is None else (self.threshold, torch.amax)
+        delta = t * by_tensor(latent.abs(), how)
         return latent > delta, latent < -delta
-
-
-def _count(zone: Tensor) -> Tensor:
-    """Of an empty zone 1, which keeps M positive; its sums are 0."""
-    return by_tensor(zone, torch.sum).clamp(min=1)
