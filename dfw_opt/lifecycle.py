@@ -87,8 +87,6 @@ class LatentOptimizer(Optimizer):
         group = self.param_groups[-1]
         if group.get("quantizer") == "uniform" and group.get("bits", 4) is None:
             group["bits"] = 4
-        if group["norm"] == "euclidean" and group.get("threshold", 0) is None:
-            group["threshold"] = 0.05
         try:
             validate.check_group(group, param_group, self)
         except BaseException:

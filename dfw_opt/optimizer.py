@@ -47,20 +47,10 @@ from dfw_opt.step_size import closed_form, exact
 from dfw_opt.variables import Variable, stack, update_, wide
 
 FULL_STEPS = 100  # until the ball begins to shrink; ten times what the mean plane spans
-
-LARGEST_BATCH = 2**22
-"""How many elements are computed with at once, so that what is made on the way stays small."""
-
-VECTOR_SIZE = 0.1
-"""The length of a step of a vector, where a matrix has its own root mean square: norms' weights
-start at 1, biases at 0. Scales move by as much of their first value."""
-
-LEAST_SIZE = 0.1
-"""The least length of a step of a matrix, in units of its usual size, so that it outgrows a tiny
-start: :math:`1/\\sqrt{\\text{fan in}}`."""
-
-LATENT_SIZE = 0.5
-"""The length of a step of latents, in units of what the box leaves of [-1, 1], the way to flip."""
+LARGEST_BATCH = 2**22  # elements computed with at once: what is made on the way must stay small
+LEAST_SIZE = 0.1  # of a matrix's step, in units of the usual, 1/√(fan in), to outgrow a tiny start
+LATENT_SIZE = 0.5  # of a latent's step, in units of what the box leaves of [-1, 1], the way to flip
+VECTOR_SIZE = 0.1  # of a vector's step, as norms' weights start at 1; of a scale's, in units of it
 
 _ALIKE = ["lr", "weight_decay", "momentum", "quantizer", "bits", "threshold", "relaxation"]
 _ALIKE += ["radius", "step_size", "layout", "scale_axis", "scale_groups"]

@@ -425,14 +425,15 @@ def draw_curves(data: Data) -> Figure:
     axes = figure.subplots(len(data), sharex=True)
     for axis, (net, lines) in zip(axes, data.items(), strict=True):
         for who, values in lines.items():
-            width = 2.4 if who == "DFW" else 1.2
-            axis.plot(range(1, len(values) + 1), values, color=LINES[who], linewidth=width)
+            width, time = (2.4, results.TIME) if who == "DFW" else (1.2, 1)
+            times = [time * epoch for epoch in range(1, len(values) + 1)]
+            axis.plot(times, values, color=LINES[who], linewidth=width)
         axis.set_title(results.NAMES[net], **TITLE)
         axis.set(ylim=(40, 92), yticks=[40, 50, 60, 70, 80, 90])
     axes[1].text(1, 82, "DFW", color=LINES["DFW"])
     for y, who in zip((64, 57, 50, 43), ("Euclidean DFW", "Adam", "SGD", "PARQ"), strict=True):
         axes[1].text(10, y, who, color=LINES[who])
-    axes[-1].set_xlabel("epoch")
+    axes[-1].set_xlabel("time, in epochs of the others")
     return figure
 
 

@@ -111,17 +111,18 @@ def test_binary_values_and_gradient() -> None:
 def test_ternary_values_and_gradients_by_hand() -> None:
     plain = nn.Conv2d(1, 1, (1, 5), bias=False).double()
     with torch.no_grad():
-        plain.weight.copy_(torch.tensor([2.0, 0.05, -0.08, -1.0, 0.4]))
+        plain.weight.copy_(torch.tensor([2.0, 0.05, -0.08, -1.0, 0.6]))
     layer = TernaryConv2d(plain)
 
     def numbers(*values: float) -> Tensor:
         return torch.tensor([values], dtype=torch.float64)
 
-    # Normalised by 2; the threshold is then 0.05.
-    torch.testing.assert_close(layer.latent.detach(), numbers(1, 0.025, -0.04, -0.5, 0.2))
-    torch.testing.assert_close(layer.quantized().detach(), numbers(0.6, 0, 0, -0.5, 0.6))
+    # Normalised by 2; the threshold is then 0.7 of 0.373.
+    torch.testing.assert_close(layer.latent.detach(), numbers(1, 0.025, -0.04, -0.5, 0.3))
+    torch.testing.assert_close(layer.quantized().detach(), numbers(0.65, 0, 0, -0.5, 0.65))
     found = latent_gradient(layer, numbers(1, 2, 3, 4, 5))
-    torch.testing.assert_close(found, numbers(0.6 * 1, 2, 3, 0.5 * 4, 0.6 * 5))
+    slopes = numbers(0.65, 0.575, 0.575, 0.5, 0.65)
+    torch.testing.assert_close(found, slopes * numbers(1, 2, 3, 4, 5))
     assert layer.scale_pos.grad == pytest.approx((1 + 5) / 2)
     assert layer.scale_neg.grad == pytest.approx(-4)
 
@@ -142,7 +143,7 @@ def test_clip() -> None:
 def test_ternary_start_is_that_of_the_optimizer() -> None:
     plain = conv().float()
     layer, p = TernaryConv2d(plain), plain.weight
-    state = TernaryDFW([p], threshold=0.05).state[p]
+    state = TernaryDFW([p]).state[p]
     torch.testing.assert_close(layer.latent.detach(), state["latent"].flatten(1))
     torch.testing.assert_close(layer.scale_pos.detach(), state["scale_pos"])
     torch.testing.assert_close(layer.scale_neg.detach(), state["scale_neg"])

@@ -232,6 +232,23 @@ def test_values_of_ternary() -> None:
     assert values == [[1.5, 1.5, -0.5, 0.0, 0.0, 0.0, 1.5]]
 
 
+def test_zeros_are_the_same_alone_and_in_a_batch() -> None:
+    """Also of latents within rounding of the threshold, by several threads: a sum has one value."""
+    latent = torch.randn(8, 300, 300, generator=torch.Generator().manual_seed(0))
+    for x, _ in itertools.product(latent, range(3)):  # these few are part of the mean, too
+        x[0, :9] = 0.7 * x.double().abs().mean() + torch.arange(-4, 5) * 2.0**-24
+    state = {"latent": latent, **dict.fromkeys(("unit", "scale_pos", "scale_neg"), torch.ones(()))}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = make("ternary").quantize(state)
+        for i in range(8):
+            alone = make("ternary").quantize(state | {"latent": latent[i : i + 1]})
+            assert torch.equal(alone[0], together[i]), i
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_levels_of_uniform(bits: int) -> None:
     """2^bits − 1 of them in a channel, symmetric, all in use, the nearest one taken."""

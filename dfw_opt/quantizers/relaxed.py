@@ -12,7 +12,9 @@ quantizer, :math:`\delta`, and that of :math:`c\,u`; so do their lengths, the ro
     \delta_\theta = (1 - \theta)\,\delta + \theta\,c\,g, \qquad
     \sqrt{M_\theta} = (1 - \theta)\sqrt M + \theta\,c .
 
-A scale keeps its metric and has :math:`(1 - \theta)` times the gradient.
+By the triangle inequality a unit step of a latent moves its weight, straight through the levels,
+by no more than :math:`\sqrt{M_\theta}` (the root of the mean square over the tensor). A scale
+keeps its metric and has :math:`(1 - \theta)` times the gradient.
 
 Source: Yin et al., *BinaryRelax*, SIAM J. Imaging Sciences 11(4), 2018 (arXiv 1801.06313), with
 :math:`\lambda = (1 - \theta)/\theta`, whose growth there is geometric; the metric is ours.

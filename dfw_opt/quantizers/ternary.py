@@ -4,7 +4,7 @@ r"""Ternary weights with two trained scales per tensor, as in Trained Ternary Qu
 
     Q(u) = \begin{cases} \phantom{-}c\,W_p & u > \Delta \\ \phantom{-}0 & |u| \le \Delta \\
         -c\,W_n & u < -\Delta \end{cases} \qquad
-    \Delta = t \cdot \max|u| \text{, or, without } t, \quad 0.7 \cdot \text{mean}\,|u| .
+    \Delta = t \cdot \max|u| \ \text{ or, by default, }\ 0.7 \cdot \text{mean}\,|u| .
 
 :math:`W_p, W_n > 0` start as the mean of :math:`|u|` beyond :math:`\Delta` on their side and are
 trained in the same step as the latent. With :math:`g` the gradient at :math:`Q(u)`,
@@ -17,8 +17,9 @@ trained in the same step as the latent. With :math:`g` the gradient at :math:`Q(
     M &= c^2\,(n_+ W_p^2 + n_0 s^2 + n_- W_n^2) / n,
 
 with :math:`n_+, n_0, n_-, n` the numbers of weights in the zones and in all. So a scale moves by
-the *mean* gradient of its zone. In the Euclidean norm :math:`s = 1`, as in the paper, several times
-the other slopes; in the spectral norm, where that would turn the direction of all, their mean.
+the *mean* gradient of its zone. In the Euclidean norm :math:`s = 1`, more than the other slopes,
+and :math:`t = 0.05` by default, as in the paper. In the spectral norm :math:`s` is the mean of the
+others, or the weights near zero would turn the direction of all.
 
 Sources: Zhu et al., *Trained Ternary Quantization*, ICLR 2017 (arXiv 1612.01064), equations (6) to
 (8), with the minus that (7) lacks. Li, Liu, *Ternary Weight Networks*, 2016 (arXiv 1605.04711).
@@ -65,6 +66,12 @@ class Ternary(Quantizer):
         return pulled
 
     def _zones(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        t, how = (0.7, torch.mean) if self.threshold is None else (self.threshold, torch.amax)
-        delta = t * by_tensor(latent.abs(), how)
-        return latent > delta, latent < -delta
+        size, t = latent.abs(), self.threshold
+        if t is None and self.norm == "spectral":
+            # In float64, which MPS lacks: alone and in a batch a tensor has one sum, to the bit.
+            wide = size if size.device.type == "mps" else size.double()
+            delta = (by_tensor(wide, torch.sum) * (0.7 / latent[0].numel())).to(size.dtype)
+        else:
+            delta = (0.05 if t is None else t) * by_tensor(size, torch.amax)
+        beyond = size > delta
+        return beyond & (latent > 0), beyond & (latent < 0)
