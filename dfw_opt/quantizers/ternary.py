@@ -69,7 +69,7 @@ class Ternary(Quantizer):
         size, t = latent.abs(), self.threshold
         if t is None and self.norm == "spectral":
             # In float64, which MPS lacks: alone and in a batch a tensor has one sum, to the bit.
-            wide = size if size.device.type == "mps" else size.double()
+            wide = size if size.is_mps else size.double()
             delta = (by_tensor(wide, torch.sum) * (0.7 / latent[0].numel())).to(size.dtype)
         else:
             delta = (0.05 if t is None else t) * by_tensor(size, torch.amax)
