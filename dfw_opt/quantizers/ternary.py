@@ -41,7 +41,7 @@ class Ternary(Quantizer):
 
     def starting_scales(self, latent: Tensor) -> State:
         means = {
-            key: by_tensor(latent.abs() * zone, torch.sum) / by_tensor(zone, torch.sum).clamp(min=1)
+            key: by_tensor(latent.abs() * zone, torch.sum) / _count(zone)
             for key, zone in zip(self.scales, self._zones(latent), strict=True)
         }
         return {key: mean.clamp(min=SCALE_MIN) for key, mean in means.items()}
@@ -60,9 +60,7 @@ class Ternary(Quantizer):
         pulled = {"latent": Pullback(c * slope * grad, c.square() * mean)}
         for key, factor, zone in (("scale_pos", c, above), ("scale_neg", -c, below)):
             delta = factor * by_tensor(grad * zone, torch.sum)
-            # An empty zone counts 1, which keeps M positive. As scales are, a number a tensor.
-            M = c.square() * by_tensor(zone, torch.sum).clamp(min=1)
-            pulled[key] = Pullback(delta.flatten(), M.flatten())
+            pulled[key] = Pullback(delta.flatten(), (c.square() * _count(zone)).flatten())
         return pulled
 
     def _zones(self, latent: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,3 +73,8 @@ class Ternary(Quantizer):
             delta = (0.05 if t is None else t) * by_tensor(size, torch.amax)
         beyond = size > delta
         return beyond & (latent > 0), beyond & (latent < 0)
+
+
+def _count(zone: Tensor) -> Tensor:
+    """Of an empty zone 1, which keeps M positive; its sums are 0."""
+    return by_tensor(zone, torch.sum).clamp(min=1)
