@@ -216,7 +216,8 @@ def readme_table() -> str:
     """For a first look: five epochs, each optimizer at its best; the mean of its seeds."""
     runs = [run for run in [*load("main"), *load("parq")] if run["epochs"] == "5"]
     runs = [run for run in runs if not (run.start or run["shortcut"])]
-    names = ("DFW", "Euclidean DFW", "Adam", "SGD", "PARQ")
+    runs = [run for run in runs if run.optimizer != "DFW" or run["schedule"] == "none"]
+    names = ("DFW", "Euclidean DFW", "Adam", "SGD", "Muon", "PARQ")
     rows = []
     for net in NETS:
         kinds: dict[str, dict[str, list[Run]]] = {}
