@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
@@ -50,7 +51,7 @@ NAMES = {
     "ce": "cross-entropy",
 }
 TIME = 1.11  # of an epoch of DFW, in those of SGD and Adam, measured side by side
-SCHEDULES = {"cosine": "", "none": "no schedule, average"}
+SCHEDULES = {"cosine": "", "none": "average", "step": "step"}
 
 
 # ---- The runs ----
@@ -152,7 +153,8 @@ def _arguments(settings: dict[str, Any]) -> str:
     words = []
     for key, value in settings.items():
         name = key.replace("_", "-")
-        if key in ("data", "device", "threads", "amp") or value in (None, "resnet", "resnet20"):
+        usual = (None, "resnet", "resnet20", "bf16")
+        if key in ("data", "device", "threads") or value in usual:
             continue  # what decides nothing, or is as usual
         if isinstance(value, bool):
             words += [f"--{name}"] * value
@@ -192,24 +194,43 @@ def mean(runs: Sequence[Run]) -> float:
     return sum(run.accuracy for run in runs) / len(runs)
 
 
-def budget_table(name: str, epochs: str) -> str:
-    """A row for every optimizer of a net, with the mean over its seeds; the best is bold."""
-    kinds: dict[str, dict[tuple[str, ...], list[Run]]] = {}
-    for run in [*load(name), *pick(load("parq"), epochs=epochs)]:
-        if (run["loss"] == "svm" and run["optimizer"] != "dfw") or run["schedule"] == "parq":
-            continue  # the baselines are shown with the loss and the schedule that suit them
-        if not run.start:
-            those = kinds.setdefault(run["shortcut"] or run["net"], {})
-            those.setdefault((run.who, run["lr"]), []).append(run)
-    rows = []
+def accuracy_table() -> str:
+    """A row for every optimizer of a net, a column for each budget; the best of a net is bold."""
+    budgets = {
+        "10,000 images, 5 epochs": ("sweep", "5"),
+        "all, 5 epochs": ("main", "5"),
+        "all, 30 epochs": ("long", "30"),
+    }
+    kinds: dict[str, dict[tuple[str, str], list[list[float]]]] = {}
+    for i, (name, epochs) in enumerate(budgets.values()):
+        for run in [*load(name), *(pick(load("parq"), epochs=epochs) if i else [])]:
+            if (run["loss"] == "svm" and run["optimizer"] != "dfw") or run["schedule"] == "parq":
+                continue  # the baselines are shown with the loss and the schedule that suit them
+            if run.start:
+                continue
+            rows = kinds.setdefault(run["shortcut"] or run["net"], {})
+            cells = rows.setdefault((run.who, run["lr"]), [[] for _ in budgets])
+            cells[i].append(run.accuracy)
+            if run.who == "DFW, average":
+                last = rows.setdefault(("DFW, last weights", run["lr"]), [[] for _ in budgets])
+                last[i].append(100 * run.rows[-1]["accuracy"])
+    table = []
     for net in filter(kinds.get, (*NETS, "bireal")):
-        those = kinds[net]
-        best = max(mean(runs) for runs in those.values())
-        for how, runs in sorted(those.items()):
-            accuracy = number([run.accuracy for run in runs])
-            bold = "**" * (len(those) > 1 and mean(runs) == best)
-            rows.append([NAMES[net], *how, f"{bold}{accuracy}{bold}"])
-    return markdown(["net", "optimizer", "lr", "accuracy, %"], rows)
+        # Of the sweep, which has a page of its own, what was run with more images, and controls.
+        shown = {
+            (who, lr): cells
+            for (who, lr), cells in kinds[net].items()
+            if any(cells[1:]) or "average" in who or (who, lr) == ("DFW", "0.07")
+            if not who.startswith("DFW, ") or lr == "0.07"
+        }
+        best = [max((fmean(c[i]) for c in shown.values() if c[i]), default=0.0) for i in range(3)]
+        for (who, lr), cells in sorted(shown.items()):
+            found = [
+                f"**{number(x)}**" if len(shown) > 2 and x and fmean(x) == top else number(x)
+                for x, top in zip(cells, best, strict=True)
+            ]
+            table.append([NAMES[net], who, lr, *found])
+    return markdown(["net", "optimizer", "lr", *budgets], table)
 
 
 def readme_table() -> str:
@@ -260,18 +281,19 @@ def sweep_table() -> str:
 
 def reach_table() -> str:
     """After how many epochs DFW is, for good, where another optimizer ends after thirty."""
-    runs = [run for run in load("long") if run["seed"] == "0" and not run["shortcut"]]
+    runs = [*load("long"), *pick(load("parq"), epochs="30", schedule="cosine")]
+    runs = [run for run in runs if run["seed"] == "0" and not (run["shortcut"] or run.start)]
     rows = []
     for net in NETS:
         (dfw,) = (r for r in pick(runs, net=net, schedule="none") if r.optimizer == "DFW")
-        loss, who = "ce", "sgd" if net == "float" else "adam"
-        (other,) = pick(runs, net=net, optimizer=who, loss=loss)
-        below = [i for i, x in enumerate(dfw.accuracies, 1) if x < other.accuracy]
-        there = max(below, default=0) + 1
-        reached = there <= len(dfw.rows)
-        time = [f"{there}", f"{TIME * there / 30:.2f}"] if reached else ["not reached", ""]
-        rows.append([NAMES[net], NAMES[who], f"{other.accuracy:.1f}", *time])
-    header = ["net", "optimizer", "accuracy after 30 epochs, %", "DFW is there after epochs"]
+        others = [run for run in pick(runs, net=net) if not run.optimizer.endswith("DFW")]
+        for other in sorted(others, key=lambda run: run.accuracy):
+            below = [i for i, x in enumerate(dfw.accuracies, 1) if x < other.accuracy]
+            there = max(below, default=0) + 1
+            reached = there <= len(dfw.rows)
+            time = [f"{there}", f"{TIME * there / 30:.2f}"] if reached else ["not in 30", ""]
+            rows.append([NAMES[net], other.optimizer, f"{other.accuracy:.1f}", *time])
+    header = ["net", "optimizer", "its accuracy after 30 epochs, %", "DFW is above from epoch"]
     return markdown([*header, "share of the time"], rows)
 
 
@@ -391,8 +413,7 @@ def chars_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme_table,
-    "main": lambda: budget_table("main", "5"),
-    "long": lambda: budget_table("long", "30"),
+    "accuracy": accuracy_table,
     "sweep": sweep_table,
     "reach": reach_table,
     "gamma": gamma_table,
