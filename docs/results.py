@@ -216,11 +216,11 @@ def accuracy_table() -> str:
                 last[i].append(100 * run.rows[-1]["accuracy"])
     table = []
     for net in filter(kinds.get, (*NETS, "bireal")):
-        # Of the sweep, which has a page of its own, what was run with more images, and controls.
+        # Of the sweep, which has a table of its own, what was run with more images, and averages.
         shown = {
             (who, lr): cells
             for (who, lr), cells in kinds[net].items()
-            if any(cells[1:]) or "average" in who or (who, lr) == ("DFW", "0.07")
+            if any(cells[1:]) or "average" in who
             if not who.startswith("DFW, ") or lr == "0.07"
         }
         best = [max((fmean(c[i]) for c in shown.values() if c[i]), default=0.0) for i in range(3)]
@@ -338,8 +338,6 @@ def decades(points: dict[float, float], within: float) -> float:
 VARIANTS: list[tuple[str, dict[str, str]]] = [
     ("as it is", {}),
     ("closed form, then clipped", {"step_size": "closed_form"}),
-    ("radius 0.5", {"radius": "0.5"}),
-    ("radius 2", {"radius": "2"}),
     ("momentum 0", {"momentum": "0"}),
     ("SVM loss, not smoothed", {"no_smooth": "yes"}),
     ("cross-entropy", {"loss": "ce"}),
