@@ -132,9 +132,9 @@ def operations(optimizer: Any) -> int:
     ],
 )
 def test_operations(optimizer_class: Any, settings: dict[str, Any], ceiling: int) -> None:
-    """Of four convolutions and BatchNorms; twice as many of each take not one more."""
+    """Of 20 convolutions and 20 BatchNorms; twice as many of each take not one more."""
     counts = []
-    for layers in (4, 8):
+    for layers in (20, 40):
         matrices = [Parameter(torch.empty(8, 8, 3, 3, device="fake:0")) for _ in range(layers)]
         vectors = [Parameter(torch.empty(8, device="fake:0")) for _ in range(2 * layers)]
         floats = {} if optimizer_class is DFW else FLOAT_GROUP
