@@ -413,10 +413,8 @@ def draw_sweep(data: Data) -> Figure:
 def curves_data() -> Data:
     """Test accuracy after each epoch of the long runs, in percent."""
     data: Data = {net: {} for net in results.NETS}
-    for run in [*results.load("long"), *results.pick(results.load("parq"), epochs="30")]:
-        usual = run["schedule"] == ("none" if run.optimizer == "DFW" else "cosine")
-        if usual and not run.start and not run["shortcut"] and run["seed"] == "0":
-            data[run["net"]][run.optimizer] = run.accuracies
+    for run in results.thirty_epochs():
+        data[run["net"]][run.optimizer] = run.accuracies
     return data
 
 

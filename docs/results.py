@@ -51,7 +51,7 @@ NAMES = {
     "ce": "cross-entropy",
 }
 TIME = 1.11  # of an epoch of DFW, in those of SGD and Adam, measured side by side
-SCHEDULES = {"cosine": "", "none": "average", "step": "step"}
+SCHEDULES = {"cosine": "", "none": "average"}
 
 
 # ---- The runs ----
@@ -153,9 +153,9 @@ def _arguments(settings: dict[str, Any]) -> str:
     words = []
     for key, value in settings.items():
         name = key.replace("_", "-")
-        usual = (None, "resnet", "resnet20", "bf16")
-        if key in ("data", "device", "threads") or value in usual:
-            continue  # what decides nothing, or is as usual
+        as_usual = value in (None, "resnet", "resnet20", "bf16")
+        if as_usual or key in ("data", "device", "threads"):  # which decide nothing
+            continue
         if isinstance(value, bool):
             words += [f"--{name}"] * value
         else:
@@ -194,56 +194,75 @@ def mean(runs: Sequence[Run]) -> float:
     return sum(run.accuracy for run in runs) / len(runs)
 
 
+def usual(runs: Iterable[Run]) -> list[Run]:
+    """Without baselines whose loss or schedule is not what suits them, and other starts."""
+    return [
+        run
+        for run in runs
+        if not run.start
+        and run["schedule"] != "parq"
+        and (run["loss"] == "ce" or run["optimizer"] == "dfw")
+    ]
+
+
+def all_images(epochs: str) -> list[Run]:
+    """The usual runs of so many epochs with all training images."""
+    return usual(pick([*load("main"), *load("long"), *load("parq")], epochs=epochs))
+
+
+def thirty_epochs() -> list[Run]:
+    """One run for each optimizer of a net, as it is used."""
+    runs = pick(all_images("30"), seed="0", shortcut="")
+    return [run for run in runs if (run["schedule"] == "none") == (run.optimizer == "DFW")]
+
+
 def accuracy_table() -> str:
     """A row for every optimizer of a net, a column for each budget; the best of a net is bold."""
+    few = "10,000 images, 5 epochs"
     budgets = {
-        "10,000 images, 5 epochs": ("sweep", "5"),
-        "all, 5 epochs": ("main", "5"),
-        "all, 30 epochs": ("long", "30"),
+        few: usual(load("sweep")),
+        "all, 5 epochs": all_images("5"),
+        "all, 30 epochs": all_images("30"),
     }
-    kinds: dict[str, dict[tuple[str, str], list[list[float]]]] = {}
-    for i, (name, epochs) in enumerate(budgets.values()):
-        for run in [*load(name), *(pick(load("parq"), epochs=epochs) if i else [])]:
-            if (run["loss"] == "svm" and run["optimizer"] != "dfw") or run["schedule"] == "parq":
-                continue  # the baselines are shown with the loss and the schedule that suit them
-            if run.start:
-                continue
-            rows = kinds.setdefault(run["shortcut"] or run["net"], {})
-            cells = rows.setdefault((run.who, run["lr"]), [[] for _ in budgets])
-            cells[i].append(run.accuracy)
+    nets: dict[str, dict[tuple[str, str], dict[str, list[float]]]] = {}
+    for budget, runs in budgets.items():
+        for run in runs:
+            judged = {run.who: run.accuracy}
             if run.who == "DFW, average":
-                last = rows.setdefault(("DFW, last weights", run["lr"]), [[] for _ in budgets])
-                last[i].append(100 * run.rows[-1]["accuracy"])
-    table = []
-    for net in filter(kinds.get, (*NETS, "bireal")):
+                judged["DFW, last weights"] = 100 * run.rows[-1]["accuracy"]
+            kinds = nets.setdefault(run["shortcut"] or run["net"], {})
+            for who, accuracy in judged.items():
+                kinds.setdefault((who, run["lr"]), {}).setdefault(budget, []).append(accuracy)
+    rows = []
+    for net in filter(nets.get, (*NETS, "bireal")):
         # Of the sweep, which has a table of its own, what was run with more images, and averages.
         shown = {
-            (who, lr): cells
-            for (who, lr), cells in kinds[net].items()
-            if any(cells[1:]) or "average" in who
-            if not who.startswith("DFW, ") or lr == "0.07"
+            kind: cells
+            for kind, cells in nets[net].items()
+            if cells.keys() != {few}
+            or kind[0] in ("Adam, average", "Muon, average", "SGD, average")
         }
-        best = [max((fmean(c[i]) for c in shown.values() if c[i]), default=0.0) for i in range(3)]
-        for (who, lr), cells in sorted(shown.items()):
-            found = [
-                f"**{number(x)}**" if len(shown) > 2 and x and fmean(x) == top else number(x)
-                for x, top in zip(cells, best, strict=True)
-            ]
-            table.append([NAMES[net], who, lr, *found])
-    return markdown(["net", "optimizer", "lr", *budgets], table)
+        means = {(kind, b): fmean(x) for kind, cells in shown.items() for b, x in cells.items()}
+        best = {b: max(means[key] for key in means if key[1] == b) for _, b in means}
+        for kind, cells in sorted(shown.items()):
+            found = []
+            for budget in budgets:
+                bold = "**" * (budget in cells and means[kind, budget] == best[budget])
+                found.append(f"{bold}{number(cells.get(budget, []))}{bold}")
+            rows.append([NAMES[net], *kind, *found])
+    return markdown(["net", "optimizer", "lr", *budgets], rows)
 
 
 def readme_table() -> str:
     """For a first look: five epochs, each optimizer at its best; the mean of its seeds."""
-    runs = [run for run in [*load("main"), *load("parq")] if run["epochs"] == "5"]
-    runs = [run for run in runs if not (run.start or run["shortcut"])]
+    runs = pick(all_images("5"), shortcut="")
     runs = [run for run in runs if run.optimizer != "DFW" or run["schedule"] == "none"]
     names = ("DFW", "Euclidean DFW", "Adam", "SGD", "Muon", "PARQ")
     rows = []
     for net in NETS:
         kinds: dict[str, dict[str, list[Run]]] = {}
         for run in pick(runs, net=net):
-            how = f"{run['lr']} {run['loss']} {run['schedule']}"
+            how = f"{run['lr']} {run['schedule']}"
             kinds.setdefault(run.optimizer, {}).setdefault(how, []).append(run)
         best = {who: max(map(mean, tried.values())) for who, tried in kinds.items()}
         cells = [f"{best[n]:.1f}" if n in best else "" for n in names]
@@ -281,12 +300,10 @@ def sweep_table() -> str:
 
 def reach_table() -> str:
     """After how many epochs DFW is, for good, where another optimizer ends after thirty."""
-    runs = [*load("long"), *pick(load("parq"), epochs="30", schedule="cosine")]
-    runs = [run for run in runs if run["seed"] == "0" and not (run["shortcut"] or run.start)]
-    rows = []
+    runs, rows = thirty_epochs(), []
     for net in NETS:
-        (dfw,) = (r for r in pick(runs, net=net, schedule="none") if r.optimizer == "DFW")
-        others = [run for run in pick(runs, net=net) if not run.optimizer.endswith("DFW")]
+        (dfw,) = (run for run in pick(runs, net=net) if run.optimizer == "DFW")
+        others = [run for run in pick(runs, net=net) if run["optimizer"] != "dfw"]
         for other in sorted(others, key=lambda run: run.accuracy):
             below = [i for i, x in enumerate(dfw.accuracies, 1) if x < other.accuracy]
             there = max(below, default=0) + 1
@@ -305,12 +322,11 @@ def longest(run: Run, epoch: float) -> float:
 
 def gamma_table() -> str:
     """γ, and the length of a step in percent, over the long runs; means of an epoch."""
-    runs = [run for run in load("long") if run.optimizer == "DFW" and run["seed"] == "0"]
+    runs = [run for run in thirty_epochs() if run.optimizer == "DFW"]
     rows, epochs = [], (1, 2, 5, 10, 20, 30)
     for run in sorted(runs, key=lambda run: NETS.index(run["net"])):
-        if run["schedule"] == "none" and not run["shortcut"]:
-            gammas = [(run.rows[i - 1]["gamma_mean"], longest(run, i)) for i in epochs]
-            rows.append([NAMES[run["net"]], *(f"{g:.2f}; {100 * g * of:.2f}" for g, of in gammas)])
+        gammas = [(run.rows[i - 1]["gamma_mean"], longest(run, i)) for i in epochs]
+        rows.append([NAMES[run["net"]], *(f"{g:.2f}; {100 * g * of:.2f}" for g, of in gammas)])
     return markdown(["net", *(f"epoch {i}" for i in epochs)], rows)
 
 
@@ -338,6 +354,8 @@ def decades(points: dict[float, float], within: float) -> float:
 VARIANTS: list[tuple[str, dict[str, str]]] = [
     ("as it is", {}),
     ("closed form, then clipped", {"step_size": "closed_form"}),
+    ("radius 0.5", {"radius": "0.5"}),
+    ("radius 2", {"radius": "2"}),
     ("momentum 0", {"momentum": "0"}),
     ("SVM loss, not smoothed", {"no_smooth": "yes"}),
     ("cross-entropy", {"loss": "ce"}),
