@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,11 @@ def make_params(
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return [Parameter((scale * values).to(dtype)) for values in draw]
+
+
+def uncovered() -> dict[str, str]:
+    """The environment for a process whose coverage is not measured, which takes a third less."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 
 
 def clone_params(params: Iterable[Tensor]) -> list[Parameter]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from dfw_opt import SignActivation
 
+pytestmark = pytest.mark.no_cover
+
 BATCH = ({0: torch.export.Dim("batch", min=2, max=1000)},)
 
 

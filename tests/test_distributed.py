@@ -163,7 +163,7 @@ class TestWhatOneRankAloneKnows:
     @MAIN
     @pytest.mark.parametrize(
         ("results", "layout"),
-        [("pair", x) for x in ("ddp", "rows", "tensor")] + [("four", x) for x in ("ddp", "rows")],
+        [("pair", "ddp"), ("pair", "rows"), ("pair", "tensor"), ("four", "rows")],
         indirect=["results"],
     )
     def test_bad_numbers(self, results: Results, layout: str, kind: Kind) -> None:

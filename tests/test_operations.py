@@ -4,7 +4,6 @@ Operations are counted, and storages followed, where torch dispatches them.
 """
 
 import gc
-import os
 import subprocess
 import sys
 import weakref
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import draw_gradients, make_params
+from helpers import draw_gradients, make_params, uncovered
 from kinds import ALL_KINDS, Kind
 from torch import Tensor
 from torch.utils import _pytree
@@ -84,7 +83,7 @@ def test_on_a_fake_accelerator() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(checks)],
         cwd=checks.parents[1],
-        env={key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"},
+        env=uncovered() | {"PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         check=False,

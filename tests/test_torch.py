@@ -273,6 +273,7 @@ def check_compiled(kind: Kind, backend: str) -> None:
     torch.testing.assert_close(twins, params, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.no_cover
 @ALL_KINDS
 def test_compiled_as_one_graph(kind: Kind) -> None:
     check_compiled(kind, "aot_eager")
