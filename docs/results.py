@@ -66,7 +66,7 @@ class Run:
 
     def __getitem__(self, option: str) -> str:
         """The value of ``--option``; "yes" if it takes none, "" if it is not there."""
-        words = shlex.split(self.arguments)
+        words = self.arguments.split()
         if f"--{option}" not in words:
             return ""
         after = words[words.index(f"--{option}") + 1 :]
