@@ -163,7 +163,7 @@ class TestWhatOneRankAloneKnows:
     @MAIN
     @pytest.mark.parametrize(
         ("results", "layout"),
-        [("pair", "ddp"), ("pair", "rows"), ("pair", "tensor"), ("four", "rows")],
+        [("pair", x) for x in ("ddp", "rows", "tensor")] + [("four", x) for x in ("ddp", "rows")],
         indirect=["results"],
     )
     def test_bad_numbers(self, results: Results, layout: str, kind: Kind) -> None:

@@ -715,7 +715,7 @@ def tamper(
 
 SPANS = st.sampled_from([0, 1, 1, 1, 2, 8, 100])
 EDITS = st.tuples(st.integers(0, 10**4), SPANS, st.binary(max_size=9))
-MANY = pytest.mark.parametrize("examples", [300, pytest.param(1500, marks=pytest.mark.slow)])
+MANY = pytest.mark.parametrize("examples", [300, pytest.param(5000, marks=pytest.mark.slow)])
 
 
 @MANY
