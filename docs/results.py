@@ -19,7 +19,6 @@ import io
 import itertools
 import math
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -160,7 +159,7 @@ def _arguments(settings: dict[str, Any]) -> str:
             words += [f"--{name}"] * value
         else:
             words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
-    return shlex.join(words)
+    return " ".join(words)
 
 
 def pick(runs: Iterable[Run], **options: str) -> list[Run]:
