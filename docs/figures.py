@@ -382,6 +382,7 @@ def sweep_data() -> Data:
 
 
 LINES = {"DFW": "C3", "Euclidean DFW": "C0", "Adam": "C1", "SGD": "C2", "Muon": "C4", "PARQ": "C4"}
+LINES["Muon, average"] = "gray"  # which PARQ's may cross
 
 
 def draw_sweep(data: Data) -> Figure:
@@ -414,7 +415,7 @@ def curves_data() -> Data:
     """Test accuracy after each epoch of the long runs, in percent."""
     data: Data = {net: {} for net in results.NETS}
     for run in results.thirty_epochs():
-        data[run["net"]][run.optimizer] = run.accuracies
+        data[run["net"]]["DFW" if run.optimizer == "DFW" else run.who] = run.accuracies
     return data
 
 
@@ -428,6 +429,7 @@ def draw_curves(data: Data) -> Figure:
             axis.plot(times, values, color=LINES[who], linewidth=width)
         axis.set_title(results.NAMES[net], **TITLE)
         axis.set(ylim=(40, 92), yticks=[40, 50, 60, 70, 80, 90])
+    axes[0].text(10, 60, "Muon, average", color=LINES["Muon, average"])
     axes[1].text(1, 82, "DFW", color=LINES["DFW"])
     for y, who in zip((64, 57, 50, 43), ("Euclidean DFW", "Adam", "SGD", "PARQ"), strict=True):
         axes[1].text(10, y, who, color=LINES[who])
