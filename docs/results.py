@@ -378,7 +378,7 @@ def ablation_table() -> str:
         "DFW": {"schedule": "none", "average": "yes"},
     }
     columns: dict[tuple[str, ...], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (*map(NETS.index, [run["net"]]), by_lr(run))):
+    for run in sorted(runs, key=lambda run: (NETS.index(run["net"]), by_lr(run))):
         if run["net"] in ("ternary", "xnor"):
             columns.setdefault((run["net"], run.optimizer, run["lr"]), []).append(run)
     changeable = ("step_size", "radius", "momentum", "no_smooth")
