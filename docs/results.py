@@ -297,24 +297,21 @@ def sweep_table() -> str:
     return markdown(["net", *SWEPT], rows)
 
 
+def reached(run: Run, level: float) -> tuple[str, str]:
+    """The epoch from which a run of DFW is at a level for good, and that as a share of the time."""
+    there = max((i for i, x in enumerate(run.accuracies, 1) if x < level), default=0) + 1
+    return (f"{there}", f"{TIME * there / 30:.2f}") if there <= len(run.rows) else ("not in 30", "")
+
+
 def reach_table() -> str:
     """After how many epochs DFW is, for good, where another optimizer ends after thirty."""
     others, rows = [run for run in thirty_epochs() if run["optimizer"] != "dfw"], []
     of_dfw = pick(all_images("30"), optimizer="dfw", norm="spectral", schedule="none", shortcut="")
     for net in NETS:
         for other in sorted(pick(others, net=net), key=lambda run: run.accuracy):
-            cells = []
-            for dfw in pick(of_dfw, net=net):  # a run for each seed
-                below = [i for i, x in enumerate(dfw.accuracies, 1) if x < other.accuracy]
-                there = max(below, default=0) + 1
-                reached = there <= len(dfw.rows)
-                cells.append(
-                    [f"{there}", f"{TIME * there / 30:.2f}"] if reached else ["not in 30", ""]
-                )
-            epochs, shares = (
-                ", ".join(filter(None, column)) for column in zip(*cells, strict=True)
-            )
-            rows.append([NAMES[net], other.who, f"{other.accuracy:.1f}", epochs, shares])
+            seeds = [reached(dfw, other.accuracy) for dfw in pick(of_dfw, net=net)]
+            times = [", ".join(filter(None, column)) for column in zip(*seeds, strict=True)]
+            rows.append([NAMES[net], other.who, f"{other.accuracy:.1f}", *times])
     header = ["net", "optimizer", "its accuracy after 30 epochs, %", "DFW is above from epoch"]
     return markdown([*header, "share of the time"], rows)
 
