@@ -361,7 +361,7 @@ def draw_quick_start(data: Data) -> Figure:
         panel.set_title(f"% of the {it['name']} weights", **TITLE)
         panel.set(xlim=(-size, size), xticks=[-0.2, -0.1, 0, 0.1, 0.2])
     loss.set_title("loss", **TITLE)
-    loss.set_yticks([0.5, 0.2, 0.1, 0.05, 0.02], ["0.5", "0.2", "0.1", "0.05", "0.02"])
+    loss.set_yticks([1, 0.3, 0.1, 0.03, 0.01], ["1", "0.3", "0.1", "0.03", "0.01"])
     loss.minorticks_off()
     gamma.legend(loss.get_lines(), [it["name"] for it in data["runs"]], frameon=False)
     gamma.set_title("γ", **TITLE)

@@ -80,8 +80,9 @@ class Run:
 
     @property
     def who(self) -> str:
-        """Optimizer, and schedule where it is not the usual one."""
-        return ", ".join(filter(None, (self.optimizer, SCHEDULES[self["schedule"]])))
+        """Optimizer, and loss and schedule where they are not the usual ones."""
+        loss = "SVM" * (self.optimizer == "DFW" and self["loss"] == "svm")
+        return ", ".join(filter(None, (self.optimizer, loss, SCHEDULES[self["schedule"]])))
 
     @property
     def start(self) -> str:
@@ -209,10 +210,21 @@ def all_images(epochs: str) -> list[Run]:
     return usual(pick([*load("main"), *load("long"), *load("parq")], epochs=epochs))
 
 
+def as_used(runs: Sequence[Run]) -> list[Run]:
+    """DFW without a schedule, and with the SVM loss only where a net has no other run of it."""
+    better = {run["net"] for run in runs if run.optimizer == "DFW" and run["loss"] == "ce"}
+
+    def fits(run: Run) -> bool:
+        if run.optimizer != "DFW":
+            return True
+        return run["schedule"] == "none" and (run["loss"] == "ce" or run["net"] not in better)
+
+    return list(filter(fits, runs))
+
+
 def thirty_epochs() -> list[Run]:
     """One run for each optimizer of a net, as it is used."""
-    runs = pick(all_images("30"), seed="0", shortcut="")
-    return [run for run in runs if run.optimizer != "DFW" or run["schedule"] == "none"]
+    return as_used(pick(all_images("30"), seed="0", shortcut=""))
 
 
 def accuracy_table() -> str:
@@ -226,12 +238,9 @@ def accuracy_table() -> str:
     nets: dict[str, dict[tuple[str, str], dict[str, list[float]]]] = {}
     for budget, runs in budgets.items():
         for run in runs:
-            judged = {run.who: run.accuracy}
-            if run.who == "DFW, average":
-                judged["DFW, last weights"] = 100 * run.rows[-1]["accuracy"]
             kinds = nets.setdefault(run["shortcut"] or run["net"], {})
-            for who, accuracy in judged.items():
-                kinds.setdefault((who, run["lr"]), {}).setdefault(budget, []).append(accuracy)
+            cells = kinds.setdefault((run.who, run["lr"]), {})
+            cells.setdefault(budget, []).append(run.accuracy)
     rows = []
     for net in filter(nets.get, (*NETS, "bireal")):
         # Of the sweep, which has a table of its own, what was run with more images, and averages.
@@ -254,8 +263,7 @@ def accuracy_table() -> str:
 
 def readme_table() -> str:
     """For a first look: five epochs, each optimizer at its best; the mean of its seeds."""
-    runs = pick(all_images("5"), shortcut="")
-    runs = [run for run in runs if run.optimizer != "DFW" or run["schedule"] == "none"]
+    runs = as_used(pick(all_images("5"), shortcut=""))
     names = ("DFW", "Euclidean DFW", "Adam", "SGD", "Muon", "PARQ")
     rows = []
     for net in NETS:
@@ -306,7 +314,7 @@ def reached(run: Run, level: float) -> tuple[str, str]:
 def reach_table() -> str:
     """After how many epochs DFW is, for good, where another optimizer ends after thirty."""
     others, rows = [run for run in thirty_epochs() if run["optimizer"] != "dfw"], []
-    of_dfw = pick(all_images("30"), optimizer="dfw", norm="spectral", schedule="none", shortcut="")
+    of_dfw = pick(as_used(all_images("30")), optimizer="dfw", norm="spectral", shortcut="")
     for net in NETS:
         for other in sorted(pick(others, net=net), key=lambda run: run.accuracy):
             seeds = [reached(dfw, other.accuracy) for dfw in pick(of_dfw, net=net)]
@@ -323,8 +331,9 @@ def longest(run: Run, epoch: float) -> float:
 
 
 def gamma_table() -> str:
-    """γ, and the length of a step in percent, over the long runs; means of an epoch."""
-    runs = [run for run in thirty_epochs() if run.optimizer == "DFW"]
+    """γ, and the length of a step in percent, in long runs with the SVM loss, means of epochs."""
+    svm = pick(all_images("30"), loss="svm", schedule="none", seed="0", shortcut="")
+    runs = [run for run in svm if run.optimizer == "DFW"]
     rows, epochs = [], (1, 2, 5, 10, 20, 30)
     for run in sorted(runs, key=lambda run: NETS.index(run["net"])):
         gammas = [(run.rows[i - 1]["gamma_mean"], longest(run, i)) for i in epochs]
@@ -361,7 +370,8 @@ VARIANTS: list[tuple[str, dict[str, str]]] = [
     ("momentum 0", {"momentum": "0"}),
     ("momentum 0.8", {"momentum": "0.8"}),
     ("momentum 0.95", {"momentum": "0.95"}),
-    ("SVM loss, not smoothed", {"no_smooth": "yes"}),
+    ("smoothed SVM loss", {"loss": "svm"}),
+    ("SVM loss, not smoothed", {"loss": "svm", "no_smooth": "yes"}),
     ("cross-entropy", {"loss": "ce"}),
     ("no schedule", {"schedule": "none"}),
 ]
@@ -370,9 +380,9 @@ VARIANTS: list[tuple[str, dict[str, str]]] = [
 def ablation_table() -> str:
     """One change at a time to DFW in both norms, each as it is used."""
     runs = [*load("ablations"), *pick(load("sweep"), norm="spectral", lr="0.07")]
-    as_used = {
-        "Euclidean DFW": {"schedule": "cosine", "average": ""},
-        "DFW": {"schedule": "none", "average": "yes"},
+    settings = {
+        "Euclidean DFW": {"loss": "svm", "schedule": "cosine", "average": ""},
+        "DFW": {"loss": "ce", "schedule": "none", "average": "yes"},
     }
     columns: dict[tuple[str, ...], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (NETS.index(run["net"]), by_lr(run))):
@@ -383,7 +393,7 @@ def ablation_table() -> str:
     for name, changed in VARIANTS:
         cells = [name]
         for (_, who, _), tried in columns.items():
-            usual = dict.fromkeys(changeable, "") | {"loss": "svm"} | as_used[who]
+            usual = dict.fromkeys(changeable, "") | settings[who]
             same = bool(changed) and usual | changed == usual
             chosen = [] if same else pick(tried, **(usual | changed))
             cells.append(number([run.accuracy for run in chosen]))

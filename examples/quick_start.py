@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import nn
 
-from dfw_opt import DFW, MultiClassHingeLoss, ProjectedDFW, TernaryDFW, param_groups, save_packed
+from dfw_opt import DFW, ProjectedDFW, TernaryDFW, param_groups, save_packed
 
 digits = load_digits()  # 1,797 images of 8 x 8 pixels
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
@@ -42,7 +42,7 @@ WIDEST, BINS = 0.2, 127  # of the histogram
 
 
 def fit(net: nn.Module, optimizer: Optimizer) -> tuple[list[float], list[float]]:
-    criterion = MultiClassHingeLoss(smooth=True)
+    criterion = nn.CrossEntropyLoss()
     losses, gammas = [], []
     for _ in range(5):
         for batch in torch.split(train[torch.randperm(len(train))], 50):

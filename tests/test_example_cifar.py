@@ -109,6 +109,8 @@ def test_defaults_follow_from_each_other() -> None:
     assert (dfw.net, dfw.lr, dfw.schedule, dfw.average) == ("xnor", None, "none", True)
     assert (adam.net, adam.lr, adam.schedule, adam.average) == ("xnor", 0.005, "cosine", False)
     assert not Settings.choose({"schedule": "cosine"}).average
+    assert {(x.loss, x.smooth) for x in (dfw, adam)} == {("ce", False)}
+    assert Settings.choose({"loss": "svm"}).smooth
     assert Settings.choose({"optimizer": "parq"}).net == "binary"
 
 

@@ -19,7 +19,7 @@ class Settings:
     shortcut: str = "resnet"
     optimizer: str
     norm: str | None = None
-    loss: str
+    loss: str = "ce"
     smooth: bool
     lr: Any
     momentum: Any
@@ -47,8 +47,6 @@ class Settings:
         # Only ResNet-20 has a form with sign activations.
         signs = given.get("arch", "resnet20") == "resnet20" and not parq
         net = given.get("net", "xnor" if signs else "binary")
-        # The hinge loss is what DFW was made for; the others do better with cross-entropy.
-        loss = given.get("loss", "svm" if dfw else "ce")
         schedule = given.get("schedule", "none" if dfw else "parq" if parq else "cosine")
         device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
         lr = {"dfw": None, "adam": 0.001 if net == "float" else 0.005, "muon": 0.005}
@@ -57,8 +55,7 @@ class Settings:
             "net": net,
             "bits": 4 if net == "uniform" else None,
             "optimizer": optimizer,
-            "loss": loss,
-            "smooth": dfw and loss == "svm",
+            "smooth": given.get("loss") == "svm",
             "lr": lr.get(optimizer, 0.1),
             "momentum": {"dfw": None, "muon": 0.95}.get(optimizer, 0.9),
             "weight_decay": decay.get(optimizer, 0.0),
