@@ -223,8 +223,8 @@ def as_used(runs: Sequence[Run]) -> list[Run]:
 
 
 def thirty_epochs() -> list[Run]:
-    """One run for each optimizer of a net, as it is used."""
-    return as_used(pick(all_images("30"), seed="0", shortcut=""))
+    """All seeds of each optimizer of a net, as it is used."""
+    return as_used(pick(all_images("30"), shortcut=""))
 
 
 def accuracy_table() -> str:
@@ -313,11 +313,12 @@ def reached(run: Run, level: float) -> tuple[str, str]:
 
 def reach_table() -> str:
     """After how many epochs DFW is, for good, where another optimizer ends after thirty."""
-    others, rows = [run for run in thirty_epochs() if run["optimizer"] != "dfw"], []
-    of_dfw = pick(as_used(all_images("30")), optimizer="dfw", norm="spectral", shortcut="")
+    runs, rows = thirty_epochs(), []
+    others = [run for run in pick(runs, seed="0") if run["optimizer"] != "dfw"]
     for net in NETS:
         for other in sorted(pick(others, net=net), key=lambda run: run.accuracy):
-            seeds = [reached(dfw, other.accuracy) for dfw in pick(of_dfw, net=net)]
+            of_dfw = pick(runs, net=net, norm="spectral")
+            seeds = [reached(run, other.accuracy) for run in of_dfw]
             times = [", ".join(filter(None, column)) for column in zip(*seeds, strict=True)]
             rows.append([NAMES[net], other.who, f"{other.accuracy:.1f}", *times])
     header = ["net", "optimizer", "its accuracy after 30 epochs, %", "DFW is above from epoch"]
@@ -332,8 +333,8 @@ def longest(run: Run, epoch: float) -> float:
 
 def gamma_table() -> str:
     """γ, and the length of a step in percent, in long runs with the SVM loss, means of epochs."""
-    svm = pick(all_images("30"), loss="svm", schedule="none", seed="0", shortcut="")
-    runs = [run for run in svm if run.optimizer == "DFW"]
+    options = {"norm": "spectral", "loss": "svm", "schedule": "none", "seed": "0", "shortcut": ""}
+    runs = pick(all_images("30"), **options)
     rows, epochs = [], (1, 2, 5, 10, 20, 30)
     for run in sorted(runs, key=lambda run: NETS.index(run["net"])):
         gammas = [(run.rows[i - 1]["gamma_mean"], longest(run, i)) for i in epochs]
