@@ -316,8 +316,8 @@ def reach_table() -> str:
     runs, rows = thirty_epochs(), []
     others = [run for run in pick(runs, seed="0") if run["optimizer"] != "dfw"]
     for net in NETS:
+        of_dfw = pick(runs, net=net, norm="spectral")
         for other in sorted(pick(others, net=net), key=lambda run: run.accuracy):
-            of_dfw = pick(runs, net=net, norm="spectral")
             seeds = [reached(run, other.accuracy) for run in of_dfw]
             times = [", ".join(filter(None, column)) for column in zip(*seeds, strict=True)]
             rows.append([NAMES[net], other.who, f"{other.accuracy:.1f}", *times])
