@@ -211,15 +211,12 @@ def all_images(epochs: str) -> list[Run]:
 
 
 def as_used(runs: Sequence[Run]) -> list[Run]:
-    """DFW without a schedule, and with the SVM loss only where a net has no other run of it."""
-    better = {run["net"] for run in runs if run.optimizer == "DFW" and run["loss"] == "ce"}
-
-    def fits(run: Run) -> bool:
-        if run.optimizer != "DFW":
-            return True
-        return run["schedule"] == "none" and (run["loss"] == "ce" or run["net"] not in better)
-
-    return list(filter(fits, runs))
+    """DFW only as it is by default: cross-entropy, no schedule."""
+    return [
+        run
+        for run in runs
+        if run.optimizer != "DFW" or (run["schedule"], run["loss"]) == ("none", "ce")
+    ]
 
 
 def thirty_epochs() -> list[Run]:
