@@ -414,7 +414,7 @@ def draw_sweep(data: Data) -> Figure:
 def curves_data() -> Data:
     """Test accuracy after each epoch of the long runs, in percent."""
     data: Data = {net: {} for net in results.NETS}
-    for run in results.pick(results.thirty_epochs(), seed="0"):
+    for run in results.pick(results.as_used("30"), seed="0"):
         data[run["net"]]["DFW" if run.optimizer == "DFW" else run.who] = run.accuracies
     return data
 

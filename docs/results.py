@@ -210,18 +210,13 @@ def all_images(epochs: str) -> list[Run]:
     return usual(pick([*load("main"), *load("long"), *load("parq")], epochs=epochs))
 
 
-def as_used(runs: Sequence[Run]) -> list[Run]:
-    """DFW only as it is by default: cross-entropy, no schedule."""
+def as_used(epochs: str) -> list[Run]:
+    """All seeds of each optimizer of a net; DFW with its defaults: cross-entropy, no schedule."""
     return [
         run
-        for run in runs
+        for run in pick(all_images(epochs), shortcut="")
         if run.optimizer != "DFW" or (run["schedule"], run["loss"]) == ("none", "ce")
     ]
-
-
-def thirty_epochs() -> list[Run]:
-    """All seeds of each optimizer of a net, as it is used."""
-    return as_used(pick(all_images("30"), shortcut=""))
 
 
 def accuracy_table() -> str:
@@ -260,7 +255,7 @@ def accuracy_table() -> str:
 
 def readme_table() -> str:
     """For a first look: five epochs, each optimizer at its best; the mean of its seeds."""
-    runs = as_used(pick(all_images("5"), shortcut=""))
+    runs = as_used("5")
     names = ("DFW", "Euclidean DFW", "Adam", "SGD", "Muon", "PARQ")
     rows = []
     for net in NETS:
@@ -310,7 +305,7 @@ def reached(run: Run, level: float) -> tuple[str, str]:
 
 def reach_table() -> str:
     """After how many epochs DFW is, for good, where another optimizer ends after thirty."""
-    runs, rows = thirty_epochs(), []
+    runs, rows = as_used("30"), []
     others = [run for run in pick(runs, seed="0") if run["optimizer"] != "dfw"]
     for net in NETS:
         of_dfw = pick(runs, net=net, norm="spectral")
